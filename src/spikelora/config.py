@@ -1,0 +1,198 @@
+"""The configuration of SpikeLoRA: LoRA's, and the neuron's."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from spikelora.errors import SpikeLoraError
+from spikelora.gate import MIN_TAU
+
+# Options of LoRA that contradict the gate, and what to do instead.
+_REFUSED = {
+    "use_dora": "DoRA renormalises a merged weight, and a gated update is not a weight; leave `use_dora=False`",
+    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, past the gate; "
+    "target modules through `target_modules`",
+    "alora_invocation_tokens": "aLoRA brings a forward of its own, without the gate; leave it at None",
+    "arrow_config": "Arrow routes between linear adapters; leave it at None",
+    "use_bdlora": "BD-LoRA brings factors of its own, without the gate; leave it at None",
+    "velora_config": "VeLoRA brings a backward of its own, without the gate; leave it at None",
+    "kasa_config": "KaSA truncates the base weight for a linear adapter; leave it at None",
+    "monteclora_config": "MonteCLoRA brings a forward of its own, without the gate; leave it at None",
+    "use_qalora": "QALoRA pools the input for a mergeable adapter; leave `use_qalora=False`",
+    "megatron_config": "PEFT's Megatron layers never ask for the gate; leave it at None",
+    "lora_bias": "a bias on `lora_B` would pass while every gate is silent; leave `lora_bias=False`, "
+    'or train the base\'s biases with `bias="lora_only"`',
+}
+_INITIALISATIONS = (True, False, "gaussian", "eva")
+
+_CARD_HEADING = "## SpikeLoRA"
+_CARD_TEXT = f"""{_CARD_HEADING}
+
+This adapter is spiking (`peft_type: SPIKELORA`): its low-rank activations pass through the gate of a leaky
+integrate-and-fire neuron. Install `spikelora` and import it before loading; without the import, loading ends in
+`KeyError: 'SPIKELORA'`.
+
+```python
+import spikelora  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
+```
+"""
+
+
+@dataclass
+class SpikeLoraConfig(LoraConfig):
+    """Configuration of a SpikeLoRA adapter: `y = base(x) + scaling * lora_B(a * (a / tau >= v_threshold))`.
+
+    Every option of `LoraConfig` that makes sense with a gate keeps its meaning and default; the others raise.
+
+    Args:
+        v_threshold: firing threshold of every adapted module, finite, in the units of `a / tau`. Negative values open
+            the gate wider, down to plain LoRA.
+        tau: membrane time constant, > 1.
+        surrogate_alpha: width parameter of the ATan surrogate gradient, > 0; the larger, the narrower.
+        learn_threshold: train one threshold per module.
+        learn_tau: train one time constant per module, kept above 1.
+        threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
+
+    Raises:
+        SpikeLoraError: for a value out of range, or an option of LoRA that contradicts the gate.
+
+    Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025; the defaults are the paper's.
+    """
+
+    v_threshold: float = field(
+        default=0.1,
+        metadata={"help": "Firing threshold, finite; negative values open the gate wider, down to plain LoRA."},
+    )
+    # PEFT's own layers refuse a config with a truthy field so marked, which keeps them from building an ungated LoRA.
+    tau: float = field(default=2.0, metadata={"help": "Membrane time constant, > 1.", "is_lora_variant": True})
+    surrogate_alpha: float = field(default=2.0, metadata={"help": "Width of the ATan surrogate gradient, > 0."})
+    learn_threshold: bool = field(default=False, metadata={"help": "Train one threshold per module."})
+    learn_tau: bool = field(default=False, metadata={"help": "Train one time constant per module, kept above 1."})
+    threshold_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Thresholds by module name or regular expression, matched like `rank_pattern`."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_neuron()
+        self._check_ranks()
+        self._check_refused()
+        super().__post_init__()
+        self.peft_type = PeftType.SPIKELORA
+
+    def _check_neuron(self) -> None:
+        self.v_threshold = _finite("v_threshold", self.v_threshold)
+        self.tau = _finite("tau", self.tau)
+        if self.tau < MIN_TAU:
+            raise SpikeLoraError(f"`tau` must be greater than 1 (in float32), got {self.tau}; the paper uses 2.0.")
+        self.surrogate_alpha = _finite("surrogate_alpha", self.surrogate_alpha)
+        if self.surrogate_alpha <= 0:
+            raise SpikeLoraError(f"`surrogate_alpha` must be greater than 0, got {self.surrogate_alpha}; try 2.0.")
+        for name in ("learn_threshold", "learn_tau"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpikeLoraError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.threshold_pattern is None:
+            self.threshold_pattern = {}
+        if not isinstance(self.threshold_pattern, dict):
+            raise SpikeLoraError(
+                f"`threshold_pattern` must map module names to thresholds, got {self.threshold_pattern!r}."
+            )
+        self.threshold_pattern = {
+            key: _finite(f"threshold_pattern[{key!r}]", value) for key, value in self.threshold_pattern.items()
+        }
+
+    def _check_ranks(self) -> None:
+        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise SpikeLoraError(f"`{name}` must be a positive whole number, got {rank!r}; 8 is a usual rank.")
+
+    def _check_refused(self) -> None:
+        for name, reason in _REFUSED.items():
+            if getattr(self, name):
+                raise SpikeLoraError(f"`{name}` cannot be combined with SpikeLoRA: {reason}.")
+        if self.init_lora_weights not in _INITIALISATIONS:
+            raise SpikeLoraError(
+                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with SpikeLoRA, which knows "
+                f"{', '.join(map(repr, _INITIALISATIONS))}: the others change the base weight, or start away from "
+                "B = 0, for an adapter that is linear. Use `init_lora_weights=True`."
+            )
+
+    def to_lora_config(self) -> LoraConfig:
+        """The same adapter without its neuron: a `LoraConfig` with the shared fields of this one."""
+        config = LoraConfig.__new__(LoraConfig)
+        config.__dict__.update({k: v for k, v in vars(self).items() if k not in SpikeLoraConfig.__annotations__})
+        config.peft_type = PeftType.LORA
+        return config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the configuration as PEFT does and, where it lies beside an adapter, say in its card how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        card_file = Path(save_directory) / "README.md"
+        if not card_file.exists():
+            return
+        card = ModelCard.load(card_file)
+        if _CARD_HEADING not in card.text:
+            card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "spikelora"})
+            card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
+            card.save(card_file)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ) -> "SpikeLoraConfig":
+        """Load the configuration from a folder or a hub repository, as PEFT does.
+
+        Raises:
+            SpikeLoraError: where the adapter in a local folder is of another method, damaged or incomplete.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
+            raise SpikeLoraError(
+                f"{folder / CONFIG_NAME} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
+            ) from error
+        if not isinstance(config, cls):
+            raise SpikeLoraError(
+                f"{folder} holds a {config.peft_type} adapter, not a SPIKELORA one; load it with PEFT's own classes."
+            )
+        if folder.is_dir():
+            _check_weights_file(folder, config)
+        return config
+
+
+def _finite(name: str, value: object) -> float:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        raise SpikeLoraError(f"`{name}` must be a finite number (in float32), got {value!r}.")
+    return number
+
+
+def _check_weights_file(folder: Path, config: SpikeLoraConfig) -> None:
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if weights.exists():
+        try:
+            with safe_open(weights, "pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            raise SpikeLoraError(f"{weights} is damaged ({error}); copy or save the adapter again.") from error
+    elif config.inference_mode and not (folder / WEIGHTS_NAME).exists():
+        # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
+        raise SpikeLoraError(
+            f"{folder} holds the configuration of a saved adapter but neither {SAFETENSORS_WEIGHTS_NAME} nor "
+            f"{WEIGHTS_NAME}; copy the whole folder."
+        )

@@ -1,0 +1,71 @@
+"""The gate of one adapter in one layer, its threshold and time constant as tensors."""
+
+import torch
+from torch import Tensor, nn
+
+from spikelora.neuron import charge, spike_gate
+
+# The smallest float32 above 1: the floor of a learned tau alters no tau that a configuration accepts.
+MIN_TAU = 1 + torch.finfo(torch.float32).eps
+
+
+class SpikeGate(nn.Module):
+    """The neuron of one adapter in one layer, `gated = a * (a / tau >= v_threshold)`; see `neuron.spike_gate`.
+
+    `v_threshold` and `tau` are parameters of shape `(1,)`, saved with the adapter. They stay float32 whatever the model
+    is cast to, as bfloat16 has no 0.1, and have a gradient only where they are learned. A learned `tau` stays above 1.
+    """
+
+    def __init__(
+        self, v_threshold: float, tau: float, surrogate_alpha: float, learn_threshold: bool, learn_tau: bool
+    ) -> None:
+        super().__init__()
+        self.v_threshold = nn.Parameter(torch.full((1,), v_threshold, dtype=torch.float32), learn_threshold)
+        self.tau = nn.Parameter(torch.full((1,), tau, dtype=torch.float32), learn_tau)
+        self.surrogate_alpha = surrogate_alpha
+        self.learn_threshold = learn_threshold
+        self.learn_tau = learn_tau
+
+    def forward(self, a: Tensor) -> Tensor:
+        return spike_gate(a, self.v_threshold, self._tau(), self.surrogate_alpha)
+
+    def spikes(self, a: Tensor) -> Tensor:
+        """Where the neuron spikes, boolean and shaped like `a (..., r)`."""
+        return charge(a, self._tau()) >= self.v_threshold
+
+    def freeze_fixed(self) -> None:
+        """Take the gradient from what is not learned; PEFT makes every tensor of an active adapter trainable."""
+        for tensor, learned in ((self.v_threshold, self.learn_threshold), (self.tau, self.learn_tau)):
+            tensor.requires_grad_(tensor.requires_grad and learned)
+
+    def extra_repr(self) -> str:
+        names = ("surrogate_alpha", "learn_threshold", "learn_tau")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def _tau(self) -> Tensor:
+        return _AboveOne.apply(self.tau) if self.learn_tau else self.tau
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.learn_tau and not keep_vars:  # an optimiser may have stepped below the floor
+            destination[prefix + "tau"] = destination[prefix + "tau"].clamp(min=MIN_TAU)
+
+
+class _AboveOne(torch.autograd.Function):
+    """`max(tau, MIN_TAU)`; at the floor a gradient passes where its step would raise tau, so that tau can leave it."""
+
+    @staticmethod
+    def forward(ctx, tau):
+        ctx.save_for_backward(tau)
+        return tau.clamp(min=MIN_TAU)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (tau,) = ctx.saved_tensors
+        return grad * ((tau > MIN_TAU) | (grad < 0))

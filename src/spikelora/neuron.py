@@ -1,0 +1,82 @@
+"""The neuron of SpikeLoRA in plain torch, one LIF charge step from rest: the reference for every faster path.
+
+Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. Tensors that broadcast may stand for `v_threshold` and `tau`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def charge(a: Tensor, tau: Tensor | float) -> Tensor:
+    """Membrane potential after one step from rest: `v = a / tau`, from `v_rest + (a - (v_rest - v_reset)) / tau`.
+
+    Shaped like `a`, and float32 where `a` is float16 or bfloat16, so that no spike hangs on their rounding.
+    """
+    return _widened(a) / tau
+
+
+def atan_surrogate(u: Tensor, surrogate_alpha: float) -> Tensor:
+    """Surrogate derivative of the spike at `u = v - v_threshold`, with `alpha = surrogate_alpha` > 0.
+
+    `s'(u) = (alpha / 2) / (1 + (pi / 2 * alpha * u) ** 2)`, shaped like `u`.
+    """
+    return (surrogate_alpha / 2) / (1 + (math.pi / 2 * surrogate_alpha * u) ** 2)
+
+
+def spike_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surrogate_alpha: float) -> Tensor:
+    """Gate a low-rank activation by its own spikes: `gated = a * spikes`, `spikes = a / tau >= v_threshold`.
+
+    It fires at equality. The backward puts the ATan surrogate for the derivative of the spike, `u = v - v_threshold`:
+
+        d gated / d a           = spikes + a * s'(u) / tau
+        d gated / d v_threshold = -a * s'(u)
+        d gated / d tau         = -a * s'(u) * a / tau ** 2
+
+    Args:
+        a: low-rank activation `(..., r)`, dimensionless.
+        v_threshold: firing threshold in the units of `v`.
+        tau: membrane time constant in steps, > 1.
+        surrogate_alpha: width parameter of the surrogate, > 0.
+
+    Returns:
+        `gated (..., r)` in the dtype of `a`: graded values, not bits.
+    """
+    gated: Tensor = _SpikeGate.apply(a, v_threshold, tau, surrogate_alpha)
+    return gated
+
+
+class _SpikeGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, v_threshold, tau, surrogate_alpha):
+        ctx.surrogate_alpha = surrogate_alpha
+        # A number becomes a float64 tensor without dimensions, which is exact and leaves the dtype of `a` alone.
+        numbers = (t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in (v_threshold, tau))
+        ctx.save_for_backward(a, *numbers)
+        spikes = charge(a, tau) >= v_threshold
+        # Selected, not multiplied: -inf * 0 would be NaN. A NaN of `a` itself stays visible.
+        return torch.where(spikes | a.isnan(), a, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        a, v_threshold, tau = ctx.saved_tensors
+        v = charge(a, tau)
+        spikes = v >= v_threshold
+        # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.
+        finite_a = _widened(a).masked_fill(a.isinf(), 0)
+        grad_v = grad * finite_a * atan_surrogate(v - v_threshold, ctx.surrogate_alpha)
+        grad_a = grad_v_threshold = grad_tau = None
+        if ctx.needs_input_grad[0]:
+            grad_a = (grad * spikes + grad_v / tau).to(a.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_v_threshold = -grad_v.sum_to_size(v_threshold.shape).to(v_threshold.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_tau = -(grad_v * finite_a / tau**2).sum_to_size(tau.shape).to(tau.dtype)
+        return grad_a, grad_v_threshold, grad_tau, None
+
+
+def _widened(a: Tensor) -> Tensor:
+    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a

@@ -1,0 +1,212 @@
+"""SpikeLoRA as a tuner of PEFT: LoRA's layers with a gate, LoRA's model with its refusals.
+
+PEFT builds LoRA's layer for a target; the layer then takes the class of the same name here, whose only LoRA variant is
+the gated one. A type of layer that is not listed in `_SPIKING_LAYERS` is refused: it could run without its gate.
+"""
+
+import math
+import re
+import warnings
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from spikelora.config import SpikeLoraConfig
+from spikelora.errors import SpikeLoraError
+from spikelora.gate import MIN_TAU, SpikeGate
+
+
+def _refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
+    raise SpikeLoraError(
+        "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight: its gate depends on the input. Serve "
+        "it unmerged, or train with `LoraConfig` where a merged model is needed."
+    )
+
+
+class SpikeLinearVariant(LoraVariant):
+    """The gated forward of a linear layer, in PEFT's terms a variant of LoRA's."""
+
+    @staticmethod
+    def init(module: "Linear", adapter_name: str, config: SpikeLoraConfig, **kwargs: Any) -> None:
+        if "lora_gate" not in module._modules:
+            module.lora_gate = nn.ModuleDict()
+        # Where the layer was built PEFT told it its name; EVA, which builds adapters anew, does not tell it again.
+        pattern = get_pattern_key(config.threshold_pattern.keys(), module.kwargs["target_name"])
+        v_threshold = config.threshold_pattern.get(pattern, config.v_threshold)
+        gate = SpikeGate(v_threshold, config.tau, config.surrogate_alpha, config.learn_threshold, config.learn_tau)
+        module.lora_gate[adapter_name] = gate
+        module._move_adapter_to_device_of_base_layer(adapter_name)
+
+    @staticmethod
+    def forward(module: "Linear", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        gated = module.lora_gate[active_adapter](a)
+        return result + module.lora_B[active_adapter](gated) * module.scaling[active_adapter]
+
+    merge_safe = merge_unsafe = unmerge = staticmethod(_refuse_merging)
+
+
+class Linear(LoraLinear):
+    """LoRA's linear layer with a gate on each adapter, for `nn.Linear` and transformers' `Conv1D`.
+
+    `y = base(x) + scaling * lora_B(gated)` with `a = lora_A(dropout(x))` `(..., r)` and `gated = lora_gate(a)`.
+    """
+
+    adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_gate")
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
+        return {("tau",): SpikeLinearVariant}
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
+        super()._freeze_non_trainable_peft_weights(adapter_names)
+        for gate in self.lora_gate.values():
+            gate.freeze_fixed()
+
+    merge = get_delta_weight = _refuse_merging
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def neuron(self, adapter_name: str) -> dict[str, float]:
+        """Rank, threshold and time constant of one adapter, by their symbols; no number while on the meta device."""
+        tensors = {"v_threshold": self.lora_gate[adapter_name].v_threshold, "tau": self.lora_gate[adapter_name].tau}
+        values = {symbol: math.nan if t.is_meta else t.detach().item() for symbol, t in tensors.items()}
+        return {"r": self.r[adapter_name], **values}
+
+    def extra_repr(self) -> str:
+        return "\n".join(
+            f"{name}: " + ", ".join(f"{symbol}={value:g}" for symbol, value in self.neuron(name).items())
+            for name in self.lora_gate
+        )
+
+
+_SPIKING_LAYERS: dict[type[LoraLayer], type[Linear]] = {LoraLinear: Linear}
+
+
+class SpikeLoraModel(LoraModel):
+    """Puts SpikeLoRA adapters into a model; made by `get_peft_model` and PEFT's loaders for a `SpikeLoraConfig`.
+
+    Takes what `LoraModel` takes.
+
+    Raises:
+        SpikeLoraError: for a target that is no plain linear layer, for damaged adapter tensors, and for every attempt
+            to merge, weight or convert.
+    """
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: SpikeLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        plain_config = lora_config.to_lora_config()
+        try:
+            layer = LoraModel._create_new_module(plain_config, adapter_name, target, **kwargs)
+        except ValueError as error:
+            raise _unsupported(kwargs["target_name"], target) from error
+        # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
+        if type(layer) not in _SPIKING_LAYERS or isinstance(target, NonDynamicallyQuantizableLinear):
+            raise _unsupported(kwargs["target_name"], target)
+        lora_config.fan_in_fan_out = plain_config.fan_in_fan_out  # PEFT corrects it for each layer
+        layer.__class__ = _SPIKING_LAYERS[type(layer)]
+        layer.lora_variant[adapter_name] = layer.resolve_lora_variant(config=lora_config)
+        layer.lora_variant[adapter_name].init(layer, adapter_name, lora_config)
+        layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
+        return layer
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, SpikeLoraConfig):
+            raise SpikeLoraError(
+                f"SpikeLoraModel takes a SpikeLoraConfig, got a {type(config).__name__}; adapters of other methods go "
+                "on a model of their own."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        patterns = self.peft_config[adapter_name].threshold_pattern
+        unmatched = [
+            key
+            for key in patterns
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in self.targeted_module_names)
+        ]
+        if unmatched:
+            warnings.warn(
+                f"The following threshold_pattern keys did not match any targeted module: {unmatched}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _check_target_module_compatiblity(
+        self, peft_config: SpikeLoraConfig, model: nn.Module, target_name: str
+    ) -> None:
+        # PEFT's guard for Mamba goes by the method's name.
+        _check_lora_target_modules_mamba(peft_config.to_lora_config(), model, target_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpikeLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT's check for shards that were not gathered goes by the method's name.
+        _validate_lora_adapter_state_dict(selected, adapter_name)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SpikeLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_adapter_tensors(model, adapter_name, state_dict)
+        return state_dict
+
+    def _check_merge_allowed(self) -> None:
+        _refuse_merging()
+
+    add_weighted_adapter = subtract_mutated_init = _refuse_merging
+    _convert_state_dict_for_initial_model = classmethod(_refuse_merging)
+
+
+def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:
+    return SpikeLoraError(
+        f"Target module `{name}` is a {type(target).__name__}, on which SpikeLoRA is not supported: it could run "
+        "without its gate. Supported are plain `torch.nn.Linear` and `transformers.pytorch_utils.Conv1D`; leave the "
+        "module out through `target_modules` or `exclude_modules`."
+    )
+
+
+def _check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse tensors that would load as something else than the adapter that was trained."""
+    for key, expected in model.state_dict().items():
+        layer_name, _, parameter = key.partition(f".lora_gate.{adapter_name}.")
+        if parameter and f"{layer_name}.lora_A.{adapter_name}.weight" in state_dict:
+            if key not in state_dict:
+                raise SpikeLoraError(
+                    f"The adapter's file has no `{parameter}` for `{layer_name}`: it was not saved by SpikeLoRA, or is "
+                    "damaged. Load the adapter that training saved."
+                )
+            value = state_dict[key].float()
+            if not torch.isfinite(value).all() or (parameter == "tau" and not (value >= MIN_TAU).all()):
+                raise SpikeLoraError(
+                    f"`{parameter}` of `{layer_name}` in the adapter's file is out of range: {value.tolist()}; "
+                    "thresholds are finite and tau is above 1. Load the adapter that training saved."
+                )
+        if ".lora_" in key and key in state_dict and state_dict[key].shape != expected.shape:
+            raise SpikeLoraError(
+                f"`{key}` has the shape {tuple(state_dict[key].shape)} in the adapter's file and "
+                f"{tuple(expected.shape)} in the model: the adapter was trained on another base model, or `r` or "
+                "`rank_pattern` in its adapter_config.json was changed."
+            )
