@@ -15,7 +15,7 @@ def charge(a: Tensor, tau: Tensor | float) -> Tensor:
 
     Shaped like `a`, and float32 where `a` is float16 or bfloat16, so that no spike hangs on their rounding.
     """
-    return _widened(a) / tau
+    return (a.float() if a.dtype in (torch.float16, torch.bfloat16) else a) / tau
 
 
 def atan_surrogate(u: Tensor, surrogate_alpha: float) -> Tensor:
@@ -66,7 +66,7 @@ class _SpikeGate(torch.autograd.Function):
         v = charge(a, tau)
         spikes = v >= v_threshold
         # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.
-        finite_a = _widened(a).masked_fill(a.isinf(), 0)
+        finite_a = a.to(v.dtype).masked_fill(a.isinf(), 0)
         grad_v = grad * finite_a * atan_surrogate(v - v_threshold, ctx.surrogate_alpha)
         grad_a = grad_v_threshold = grad_tau = None
         if ctx.needs_input_grad[0]:
@@ -76,7 +76,3 @@ class _SpikeGate(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_tau = -(grad_v * finite_a / tau**2).sum_to_size(tau.shape).to(tau.dtype)
         return grad_a, grad_v_threshold, grad_tau, None
-
-
-def _widened(a: Tensor) -> Tensor:
-    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
