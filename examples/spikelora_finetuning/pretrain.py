@@ -127,7 +127,7 @@ def main() -> None:
         "text_sha256": hashlib.sha256("".join(docstrings + sources).encode()).hexdigest(),
         "training_loss": result.training_loss,
         "seconds": round(result.metrics["train_runtime"]),
-        **vars(options),
+        **{name: value for name, value in vars(options).items() if name != "output_dir"},
     }
     (Path(options.output_dir) / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,0 +1,40 @@
+# Two commands for newcomers: `make finetune` and `make test`. Each sets up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: finetune test test-all quality format wheel clean
+
+finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
+	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest
+
+quality: $(READY)  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv build dist outputs
+
+# torch goes first and by itself, and is looked at again at the end: a dependency with a looser range may replace it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[example,dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps spikingjelly
+	$(BIN)/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
+	touch $(READY)
