@@ -1,8 +1,8 @@
 """The configuration of SpikeLoRA: LoRA's, and the neuron's."""
 
 import json
-import math
 import os
+import re
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -87,11 +87,15 @@ class SpikeLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        self.check()
+        super().__post_init__()
+        self.peft_type = PeftType.SPIKELORA
+
+    def check(self) -> None:
+        """Raise a `SpikeLoraError` for a value out of range or an option that contradicts the gate."""
         self._check_neuron()
         self._check_ranks()
         self._check_refused()
-        super().__post_init__()
-        self.peft_type = PeftType.SPIKELORA
 
     def _check_neuron(self) -> None:
         self.v_threshold = _finite("v_threshold", self.v_threshold)
@@ -104,19 +108,14 @@ class SpikeLoraConfig(LoraConfig):
         for name in ("learn_threshold", "learn_tau"):
             if not isinstance(getattr(self, name), bool):
                 raise SpikeLoraError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if self.threshold_pattern is None:
-            self.threshold_pattern = {}
-        if not isinstance(self.threshold_pattern, dict):
-            raise SpikeLoraError(
-                f"`threshold_pattern` must map module names to thresholds, got {self.threshold_pattern!r}."
-            )
         self.threshold_pattern = {
-            key: _finite(f"threshold_pattern[{key!r}]", value) for key, value in self.threshold_pattern.items()
+            key: _finite(f"threshold_pattern[{key!r}]", value)
+            for key, value in _patterns("threshold_pattern", self.threshold_pattern).items()
         }
 
     def _check_ranks(self) -> None:
-        ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": value for key, value in (self.rank_pattern or {}).items()}
-        for name, rank in ranks.items():
+        patterns = _patterns("rank_pattern", self.rank_pattern)
+        for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SpikeLoraError(f"`{name}` must be a positive whole number, got {rank!r}; 8 is a usual rank.")
 
@@ -175,11 +174,25 @@ class SpikeLoraConfig(LoraConfig):
         return config
 
 
-def _finite(name: str, value: object) -> float:
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not abs(number) <= torch.finfo(torch.float32).max:
+def _finite(name: str, value: Any) -> float:
+    limit = torch.finfo(torch.float32).max
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not -limit <= value <= limit:
         raise SpikeLoraError(f"`{name}` must be a finite number (in float32), got {value!r}.")
-    return number
+    return float(value)
+
+
+def _patterns(name: str, patterns: Any) -> dict[str, Any]:
+    """The patterns as a dict, each key a regular expression."""
+    patterns = patterns or {}
+    if not isinstance(patterns, dict):
+        raise SpikeLoraError(f"`{name}` must map module names to values, got {patterns!r}.")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except (TypeError, re.error) as error:
+            raise SpikeLoraError(f"`{name}` has the key {key!r}, which is no regular expression: {error}.") from error
+    return patterns
 
 
 def _check_weights_file(folder: Path, config: SpikeLoraConfig) -> None:

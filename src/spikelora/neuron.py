@@ -52,9 +52,8 @@ class _SpikeGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, v_threshold, tau, surrogate_alpha):
         ctx.surrogate_alpha = surrogate_alpha
-        # A number becomes a float64 tensor without dimensions, which is exact and leaves the dtype of `a` alone.
-        numbers = (t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in (v_threshold, tau))
-        ctx.save_for_backward(a, *numbers)
+        ctx.numbers = [None if isinstance(t, Tensor) else t for t in (v_threshold, tau)]
+        ctx.save_for_backward(a, *(t if isinstance(t, Tensor) else None for t in (v_threshold, tau)))
         spikes = charge(a, tau) >= v_threshold
         # Selected, not multiplied: -inf * 0 would be NaN. A NaN of `a` itself stays visible.
         return torch.where(spikes | a.isnan(), a, 0)
@@ -62,7 +61,8 @@ class _SpikeGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        a, v_threshold, tau = ctx.saved_tensors
+        a, *tensors = ctx.saved_tensors
+        v_threshold, tau = (t if n is None else n for t, n in zip(tensors, ctx.numbers, strict=True))
         v = charge(a, tau)
         spikes = v >= v_threshold
         # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.

@@ -129,6 +129,7 @@ class SpikeLoraModel(LoraModel):
                 f"SpikeLoraModel takes a SpikeLoraConfig, got a {type(config).__name__}; adapters of other methods go "
                 "on a model of their own."
             )
+        config.check()  # it may have been changed since it was made
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -171,7 +172,8 @@ class SpikeLoraModel(LoraModel):
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_adapter_tensors(model, adapter_name, state_dict)
-        return state_dict
+        # With low_cpu_mem_usage the file's tensors take the place of the gate's, dtype and all.
+        return {key: value.float() if ".lora_gate." in key else value for key, value in state_dict.items()}
 
     def _check_merge_allowed(self) -> None:
         _refuse_merging()

@@ -1,0 +1,45 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+TOKENS = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+
+
+def tiny_opt() -> OPTForCausalLM:
+    """A two-layer OPT without dropout whose targets are `nn.Linear`; the same weights on every call."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        dropout=0.0,
+        attention_dropout=0.0,
+        **TOKENS,
+    )
+    return OPTForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A two-layer GPT-2 without dropout whose targets are `Conv1D`; the same weights on every call."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **TOKENS
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def opt() -> OPTForCausalLM:
+    return tiny_opt()
+
+
+@pytest.fixture
+def gpt2() -> GPT2LMHeadModel:
+    return tiny_gpt2()

@@ -1,0 +1,236 @@
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import (
+    ArrowConfig,
+    BdLoraConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
+from safetensors.torch import save_file
+
+from spikelora import SpikeLoraConfig, SpikeLoraError
+
+NOT_FINITE = [math.nan, math.inf, -math.inf, 1e300, True, "0.1", None]
+NEURON = {
+    "v_threshold": -0.25,
+    "tau": 1.5,
+    "surrogate_alpha": 4.0,
+    "learn_threshold": True,
+    "learn_tau": True,
+    "threshold_pattern": {"q_proj": 0.5, "layers\\.1\\..*": -1.0},
+}
+LORA = {
+    "r": 4,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "fc1"],
+    "use_rslora": True,
+    "rank_pattern": {"fc1": 2},
+    "task_type": "CAUSAL_LM",
+}
+
+
+def test_defaults_are_the_paper_s():
+    config = SpikeLoraConfig()
+
+    assert {name: getattr(config, name) for name in NEURON} == {
+        "v_threshold": 0.1,
+        "tau": 2.0,
+        "surrogate_alpha": 2.0,
+        "learn_threshold": False,
+        "learn_tau": False,
+        "threshold_pattern": {},
+    }
+    assert config.peft_type == "SPIKELORA"
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 8, 0.0)
+
+
+def test_the_exception_is_a_value_error():
+    assert issubclass(SpikeLoraError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("v_threshold", value) for value in NOT_FINITE),
+        *(("tau", value) for value in [*NOT_FINITE, 1, 0.5, 0, -2.0, 1.0 + 1e-9]),
+        *(("surrogate_alpha", value) for value in [*NOT_FINITE, 0, -1]),
+        *(("r", value) for value in [0, -1, 2.5, True, "8", None]),
+        *(("rank_pattern", {"x": value}) for value in [0, -1, 2.5, True, "8", None]),
+        *(("threshold_pattern", {"x": value}) for value in NOT_FINITE),
+        *(("threshold_pattern", value) for value in [0.1, "x", ["x"]]),
+        *((field, value) for field in ("learn_threshold", "learn_tau") for value in ["yes", 1, None]),
+    ],
+    ids=str,
+)
+def test_value_out_of_range(field, value):
+    with pytest.raises(SpikeLoraError, match=f"^`{field}[`[]"):
+        SpikeLoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("v_threshold", -3, -3.0),
+        ("v_threshold", 0, 0.0),
+        ("tau", 1 + 2**-23, 1 + 2**-23),
+        ("tau", 3, 3.0),
+        ("surrogate_alpha", 1, 1.0),
+        ("threshold_pattern", {"x": -1.5, "y": 0}, {"x": -1.5, "y": 0.0}),
+        ("threshold_pattern", None, {}),
+    ],
+)
+def test_value_in_range(field, value, kept):
+    # By their text, which tells 3 from 3.0.
+    assert str(getattr(SpikeLoraConfig(**{field: value}), field)) == str(kept)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("target_parameters", ["experts.up_proj"]),
+        ("alora_invocation_tokens", [5]),
+        ("arrow_config", ArrowConfig()),
+        ("use_bdlora", BdLoraConfig(target_modules_bd_a=["q_proj"])),
+        ("velora_config", VeloraConfig()),
+        ("kasa_config", KasaConfig()),
+        ("monteclora_config", MontecloraConfig()),
+        ("use_qalora", True),
+        ("megatron_config", {"tensor_model_parallel_size": 2}),
+        ("lora_bias", True),
+    ],
+)
+def test_option_of_lora_that_contradicts_the_gate(field, value):
+    with pytest.raises(SpikeLoraError, match=f"^`{field}` cannot be combined with SpikeLoRA: "):
+        SpikeLoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "orthogonal", "mica", "nonsense", None]
+)
+def test_refused_initialisation(name):
+    with pytest.raises(SpikeLoraError, match=f"^`init_lora_weights={name!r}` cannot"):
+        SpikeLoraConfig(init_lora_weights=name, loftq_config=LoftQConfig() if name == "loftq" else {})
+
+
+@pytest.mark.parametrize("name", [True, False, "gaussian", "eva"])
+def test_allowed_initialisation(name):
+    eva_config = EvaConfig() if name == "eva" else None
+
+    assert SpikeLoraConfig(init_lora_weights=name, eva_config=eva_config).init_lora_weights is name
+
+
+def test_to_dict_round_trip():
+    config = SpikeLoraConfig(**NEURON, **LORA)
+
+    as_dict = config.to_dict()
+
+    assert {name: as_dict[name] for name in NEURON} == NEURON
+    assert SpikeLoraConfig(**as_dict) == config
+
+
+@pytest.mark.parametrize("loader", [SpikeLoraConfig, PeftConfig])
+def test_save_and_load_alone(tmp_path, loader):
+    config = SpikeLoraConfig(**NEURON, **LORA)
+
+    config.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+
+    assert type(loaded) is SpikeLoraConfig
+    assert loaded == config
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SPIKELORA"
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_load_from_a_subfolder(tmp_path):
+    SpikeLoraConfig(v_threshold=0.7).save_pretrained(tmp_path / "inner")
+
+    assert SpikeLoraConfig.from_pretrained(str(tmp_path), subfolder="inner").v_threshold == 0.7
+
+
+def test_model_card_says_how_to_load_once(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlibrary_name: peft\ntags:\n- mine\n---\n\n# My adapter\n")
+
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    once = card.read_text()
+    SpikeLoraConfig().save_pretrained(tmp_path)
+
+    assert "# My adapter" in once
+    assert "\nimport spikelora" in once
+    assert "tags:\n- lora\n- mine\n- spikelora\n" in once
+    assert card.read_text() == once
+
+
+def test_load_an_adapter_of_another_method(tmp_path):
+    LoraConfig().save_pretrained(tmp_path)
+
+    with pytest.raises(SpikeLoraError, match=f"{tmp_path} holds a .*LORA adapter, not a SPIKELORA one"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"peft_type": "SPIKELORA", "r": ', b"\xff\xfe\x80", b"[]", b"null", b'{"peft_type": "SPIKEL0RA"}'],
+    ids=["empty", "truncated", "binary", "list", "null", "unknown method"],
+)
+def test_load_a_damaged_configuration(tmp_path, content):
+    file = tmp_path / "adapter_config.json"
+    file.write_bytes(content)
+
+    with pytest.raises(SpikeLoraError, match=f"^{file} is damaged"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+def test_load_a_configuration_with_a_value_out_of_range(tmp_path):
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace('"tau": 2.0', '"tau": 0.5'))
+
+    with pytest.raises(SpikeLoraError, match="`tau` must be greater than 1"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: content[:-1], lambda content: content[:20], lambda content: b"", lambda content: b"x" * 100],
+    ids=["a byte short", "header cut", "empty", "garbage"],
+)
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_load_beside_damaged_weights(tmp_path, damage, inference_mode):
+    SpikeLoraConfig(inference_mode=inference_mode).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"lora_A": torch.zeros(8, 8)}, file)
+    assert SpikeLoraConfig.from_pretrained(tmp_path).r == 8
+
+    file.write_bytes(damage(file.read_bytes()))
+
+    with pytest.raises(SpikeLoraError, match=f"^{file} is damaged"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+def test_load_a_saved_adapter_without_its_weights(tmp_path):
+    SpikeLoraConfig(inference_mode=True).save_pretrained(tmp_path)
+
+    with pytest.raises(SpikeLoraError, match=f"^{tmp_path} holds the configuration of a saved adapter but neither"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+    torch.save({}, tmp_path / "adapter_model.bin")
+    assert SpikeLoraConfig.from_pretrained(tmp_path).inference_mode
+
+
+def test_to_lora_config():
+    plain = SpikeLoraConfig(**NEURON, **LORA).to_lora_config()
+
+    expected = LoraConfig(**LORA)
+    assert type(plain) is LoraConfig
+    assert plain == expected
+    assert vars(plain) == vars(expected)
+    assert plain.peft_type == "LORA"

@@ -1,0 +1,82 @@
+"""Imports point downward only: each module of the package stands on a floor and imports from lower ones."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "spikelora"
+FLOORS = {
+    "errors": 0,
+    "neuron": 0,
+    "gate": 1,
+    "config": 2,
+    "tuner": 3,
+    "_registration": 3,
+    "__init__": 6,
+}
+# The registration names the classes that it registers.
+SAME_FLOOR = {("_registration", "tuner")}
+MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def imports(source):
+    """Dotted names that the source imports, anywhere in it; `from a import b` counts as `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = "." * node.level + (node.module or "")
+            names.update(f"{package}.{alias.name}" for alias in node.names)
+    return names
+
+
+def own_module(name):
+    """The module of ours that a dotted name lies in, or None: `spikelora.gate.SpikeGate` lies in `gate`."""
+    package, _, rest = name.partition(".")
+    if package != "spikelora":
+        return None
+    inside = [module for module in FLOORS if f"{rest}.".startswith(f"{module}.")]
+    return max(inside, key=len, default="__init__")
+
+
+def test_reading_of_imports():
+    source = "import a.b as c\nfrom d import e, f\ndef g():\n    if h:\n        from .i import j\n    from . import k\n"
+
+    assert imports(source) == {"a.b", "d.e", "d.f", ".i.j", "..k"}
+    assert own_module("spikelora.gate.SpikeGate") == own_module("spikelora.gate") == "gate"
+    assert own_module("spikelora") == own_module("spikelora.SpikeLoraConfig") == "__init__"
+    assert own_module("spikelora_other.gate") is own_module("torch.nn") is None
+
+
+def test_every_module_has_a_floor():
+    assert set(MODULES) == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downward(module):
+    own = {own_module(name) for name in imports(MODULES[module].read_text())} - {None}
+
+    upward = {other for other in own if FLOORS[other] >= FLOORS[module] and (module, other) not in SAME_FLOOR}
+    assert upward == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_are_absolute(module):
+    assert [name for name in imports(MODULES[module].read_text()) if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if FLOORS.get(module, 0) <= 1])
+def test_the_arithmetic_needs_torch_alone(module):
+    packages = {name.partition(".")[0] for name in imports(MODULES[module].read_text())}
+
+    assert packages - sys.stdlib_module_names <= {"torch", "spikelora"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if FLOORS.get(module, 0) < 4])
+def test_no_trainer_below_floor_4(module):
+    names = imports(MODULES[module].read_text())
+
+    assert [name for name in names if name.lower().startswith("transformers.trainer")] == []

@@ -1,0 +1,180 @@
+import copy
+import importlib.metadata
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+from peft import LoraConfig, PeftType, get_peft_model
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import hotswap
+
+import spikelora
+from spikelora import SpikeLoraConfig, SpikeLoraModel
+from spikelora._registration import register
+
+
+def run(code):
+    """Standard output of a new interpreter that runs `code`."""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_member_of_the_enum():
+    member = PeftType.SPIKELORA
+
+    assert isinstance(member, PeftType)
+    assert isinstance(member, str)
+    assert member == member.name == member.value == "SPIKELORA"
+    assert PeftType["SPIKELORA"] is PeftType("SPIKELORA") is member
+    assert list(PeftType)[-1] is member
+    assert list(PeftType).count(member) == 1
+    assert hash(member) == hash("SPIKELORA")
+    assert repr(member) == "<PeftType.SPIKELORA: 'SPIKELORA'>"
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda member: pickle.loads(pickle.dumps(member))], ids=range(3)
+)
+def test_copies_of_the_member_are_the_member(duplicate):
+    assert duplicate(PeftType.SPIKELORA) is PeftType.SPIKELORA
+
+
+def test_mappings():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SPIKELORA] is SpikeLoraConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SPIKELORA] is SpikeLoraModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.SPIKELORA] == "lora_"
+    assert PeftType.SPIKELORA not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    # Files hold the name as a string.
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["SPIKELORA"] is SpikeLoraConfig
+
+
+def test_hotswapping_compares_the_keys_of_lora():
+    assert "use_rslora" in hotswap.CONFIG_KEYS_TO_CHECK[PeftType.SPIKELORA]
+    assert hotswap.CONFIG_KEYS_TO_CHECK[PeftType.SPIKELORA] == hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def test_names_in_peft():
+    assert peft.SpikeLoraConfig is SpikeLoraConfig
+    assert peft.SpikeLoraModel is SpikeLoraModel
+
+
+def test_public_names():
+    assert sorted(spikelora.__all__) == ["SpikeLoraConfig", "SpikeLoraError", "SpikeLoraModel"]
+    assert all(getattr(spikelora, name).__name__ == name for name in spikelora.__all__)
+    assert spikelora.__version__ == importlib.metadata.version("spikelora")
+
+
+def test_registering_again_changes_nothing():
+    mappings = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
+    before = [list(PeftType), *map(dict, mappings), dict(hotswap.CONFIG_KEYS_TO_CHECK)]
+
+    register()
+    register()
+
+    assert [list(PeftType), *map(dict, mappings), dict(hotswap.CONFIG_KEYS_TO_CHECK)] == before
+    assert peft.SpikeLoraConfig is SpikeLoraConfig
+    # Wrapped once: a second wrapper would print the neurons twice.
+    assert not hasattr(peft.PeftModel.print_trainable_parameters.__wrapped__, "__wrapped__")
+
+
+def test_importing_anew_does_no_harm():
+    output = run("""
+import sys
+import peft, torch, spikelora
+
+old = spikelora.SpikeLoraConfig
+for name in [name for name in sys.modules if name.partition(".")[0] == "spikelora"]:
+    del sys.modules[name]
+import spikelora
+
+assert spikelora.SpikeLoraConfig is not old
+assert peft.SpikeLoraConfig is spikelora.SpikeLoraConfig
+assert [member.name for member in peft.PeftType].count("SPIKELORA") == 1
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+model = peft.get_peft_model(model, spikelora.SpikeLoraConfig(target_modules=["0"]))
+assert type(model.base_model) is spikelora.SpikeLoraModel
+model.print_trainable_parameters()
+""")
+
+    assert output.count("spiking adapter 'default' on 1 modules") == 1
+
+
+def test_another_method_of_the_same_name_is_left_alone():
+    output = run("""
+import sys
+import peft
+from peft import LoraConfig, LoraModel, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import hotswap, register_peft_method
+
+class ForeignConfig(LoraConfig): pass
+class ForeignModel(LoraModel): prefix = "foreign_"
+
+member = str.__new__(PeftType, "SPIKELORA")
+member._name_ = member._value_ = "SPIKELORA"
+PeftType.SPIKELORA = member
+PeftType._member_names_.append("SPIKELORA")
+PeftType._member_map_["SPIKELORA"] = PeftType._value2member_map_["SPIKELORA"] = member
+if sys.version_info >= (3, 12):
+    PeftType._hashable_values_.append("SPIKELORA")
+register_peft_method(name="spikelora", config_cls=ForeignConfig, model_cls=ForeignModel, prefix="foreign_")
+printer = PeftModel.print_trainable_parameters
+
+import spikelora
+
+assert PeftType.SPIKELORA is member and [m.name for m in PeftType].count("SPIKELORA") == 1
+assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is ForeignConfig
+assert PEFT_TYPE_TO_TUNER_MAPPING[member] is ForeignModel
+assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == "foreign_"
+assert member not in hotswap.CONFIG_KEYS_TO_CHECK
+assert not hasattr(peft, "SpikeLoraConfig") and not hasattr(peft, "SpikeLoraModel")
+assert PeftModel.print_trainable_parameters is printer
+print("left alone")
+""")
+
+    assert output == "left alone\n"
+
+
+def test_import_is_light():
+    output = run("""
+import sys
+import peft
+
+before = set(sys.modules)  # torch itself may bring triton
+import spikelora
+
+heavy = {"trl", "datasets", "matplotlib", "triton", "rich"}
+print(sorted(name for name in heavy if name in sys.modules and name not in before))
+""")
+
+    assert output == "[]\n"
+
+
+def test_lora_s_own_model_refuses_the_config(opt):
+    config = SpikeLoraConfig(target_modules=["q_proj"])
+
+    with pytest.raises(ValueError, match="Invalid or unsupported variant combination"):
+        LoraModel(opt, config, "default")
+
+    assert not any(isinstance(module, LoraLayer) for module in opt.modules())
+
+
+def test_mixed_models_refuse_the_config(opt):
+    config = SpikeLoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="'SPIKELORA' is not compatible with"):
+        get_peft_model(opt, config, mixed=True)
+    assert not any(isinstance(module, LoraLayer) for module in opt.modules())
+
+    mixed = get_peft_model(opt, LoraConfig(target_modules=["k_proj"]), mixed=True)
+    with pytest.raises(ValueError, match="'SPIKELORA' is not compatible with"):
+        mixed.add_adapter("spiking", config)
+    assert not any("spiking" in name for name, _ in opt.named_parameters())

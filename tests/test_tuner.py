@@ -1,0 +1,348 @@
+"""The layers and the model: that the gate is there, everywhere and always."""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_opt
+from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners import lora
+from torch import nn
+
+from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
+from spikelora.gate import SpikeGate
+
+NEVER, ALWAYS = 1e30, -1e30
+TOKENS = torch.arange(3, 31).view(2, 14)
+
+
+def with_random_b(model: nn.Module) -> nn.Module:
+    """PEFT starts B at 0; a test that compares outputs needs an adapter that does something."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
+    return model
+
+
+def spiking(base: nn.Module, **options) -> PeftModel:
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    torch.manual_seed(0)
+    return with_random_b(get_peft_model(base, SpikeLoraConfig(**options))).eval()
+
+
+def plain(base: nn.Module, **options) -> PeftModel:
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    torch.manual_seed(0)
+    return with_random_b(get_peft_model(base, LoraConfig(**options))).eval()
+
+
+def gates(model: nn.Module) -> list[SpikeGate]:
+    return [module for module in model.modules() if isinstance(module, SpikeGate)]
+
+
+BASES = [pytest.param(tiny_opt, id="Linear"), pytest.param(tiny_gpt2, id="Conv1D")]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("make_base", BASES)
+# OPT flattens batch and time before fc1, which PEFT's mixed batches do not support.
+@pytest.mark.parametrize(
+    ("mixed", "targets"),
+    [({}, "all-linear"), ({"adapter_names": ["default", "__base__"]}, r".*attn\.\w*(proj|c_attn)")],
+)
+class TestDifferential:
+    """The two tests that find every path on which the gate is lost."""
+
+    def test_a_gate_that_never_fires_gives_the_base(self, make_base, mixed, targets):
+        model = spiking(make_base(), v_threshold=NEVER, target_modules=targets)
+        assert torch.equal(model(TOKENS, **mixed).logits, make_base()(TOKENS).logits)
+
+    def test_a_gate_that_always_fires_gives_lora(self, make_base, mixed, targets):
+        expected = plain(make_base(), target_modules=targets)(TOKENS, **mixed).logits
+        assert not torch.equal(expected, make_base()(TOKENS).logits)
+        actual = spiking(make_base(), v_threshold=ALWAYS, target_modules=targets)(TOKENS, **mixed).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_computes_the_formula(use_rslora, dtype):
+    base = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    model = spiking(base, target_modules=["0"], task_type=None, lora_alpha=3, use_rslora=use_rslora, v_threshold=0.2)
+    layer = model.base_model.model[0]
+    x = torch.randn(2, 7, 6).to(dtype)
+
+    a = layer.lora_A["default"](x.float())
+    gated = a * (a / 2.0 >= 0.2)
+    scaling = 3 / (4**0.5 if use_rslora else 4)
+    expected = layer.base_layer(x) + scaling * gated @ layer.lora_B["default"].weight.T
+
+    assert 0 < (gated == 0).float().mean() < 1
+    torch.testing.assert_close(layer(x), expected.to(dtype))
+
+
+def test_dropout_falls_once_on_the_input():
+    model = spiking(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"], task_type=None, lora_dropout=0.5)
+    layer = model.train().base_model.model[0]
+    x = torch.randn(3, 6)
+    torch.manual_seed(3)
+    a = layer.lora_A["default"](nn.functional.dropout(x, 0.5))
+    expected = layer.base_layer(x) + layer.scaling["default"] * layer.lora_B["default"](a * (a / 2 >= 0.1))
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_training_moves_only_the_adapter_and_lowers_the_loss(opt):
+    torch.manual_seed(0)
+    model = get_peft_model(opt, SpikeLoraConfig(target_modules="all-linear", v_threshold=0.05, task_type="CAUSAL_LM"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert losses[-1] < losses[0] - 0.5
+    assert {re.search(r"lora_\w+", name)[0] for name in changed} == {"lora_A", "lora_B"}
+
+
+class TestFixedNeuron:
+    """`learn_threshold=False` must stay false; the obvious builds train it all the same."""
+
+    def frozen(self, model) -> bool:
+        return not any(p.requires_grad for gate in gates(model) for p in gate.parameters())
+
+    def test_through_everything_that_touches_requires_grad(self, opt):
+        model = spiking(opt.to(torch.bfloat16))
+        model.add_adapter("other", SpikeLoraConfig(r=2, target_modules="all-linear"))
+        for act in (
+            model.train,
+            lambda: model.set_adapter("other"),
+            lambda: model.set_adapter("default"),
+            lambda: model.set_requires_grad(["default", "other"]),
+            lambda: model.base_model.set_adapter(["default", "other"]),
+            model.base_model.disable_adapter_layers,
+            model.base_model.enable_adapter_layers,
+            lambda: model.delete_adapter("other"),
+        ):
+            act()
+            assert self.frozen(model)
+        assert any(p.requires_grad for p in model.parameters())
+
+    def test_is_exact_beside_a_bfloat16_base(self, opt):
+        model = spiking(opt.to(torch.bfloat16), v_threshold=0.1).to(torch.bfloat16)
+        values = {(gate.v_threshold.item(), gate.v_threshold.dtype) for gate in gates(model)}
+        assert values == {(torch.tensor(0.1).item(), torch.float32)}
+
+    def test_dpo_reference_copy_gates_the_same(self, opt):
+        model = spiking(opt, v_threshold=0.03)
+        for gate in gates(model):  # as after training with learned thresholds
+            gate.v_threshold.data += 0.02
+        model.add_adapter("ref", model.peft_config["default"])
+        # What TRL's DPOTrainer does for the reference of a trained adapter.
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+        expected = model(TOKENS).logits
+        model.set_adapter("ref")
+        assert torch.equal(model(TOKENS).logits, expected)
+        assert self.frozen(model)
+
+
+@pytest.mark.parametrize(("learn_threshold", "learn_tau"), [(True, False), (False, True), (True, True)])
+def test_learned_neuron_trains_and_is_one_number_per_module(opt, learn_threshold, learn_tau):
+    model = spiking(opt, v_threshold=0.05, learn_threshold=learn_threshold, learn_tau=learn_tau).train()
+    model.set_adapter("default")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    for gate in gates(model):
+        assert (gate.v_threshold.item() != torch.tensor(0.05).item()) == learn_threshold
+        assert (gate.tau.item() != 2.0) == learn_tau
+        assert gate.v_threshold.shape == gate.tau.shape == (1,)
+
+
+def test_patterns_match_as_peft_matches_ranks(opt):
+    patterns = {"fc1": 0.3, r"layers\.1\.self_attn\..*": 0.5, "model.decoder.layers.0.fc2": -1.0}
+    model = spiking(opt, threshold_pattern=patterns, rank_pattern={"fc1": 2}, alpha_pattern={"fc1": 7})
+    layers = model.base_model.model.model.decoder.layers
+    found = {
+        name: round(layer.lora_gate["default"].v_threshold.item(), 6)
+        for name, layer in layers.named_modules()
+        if isinstance(layer, lora.Linear)
+    }
+    assert found["0.fc1"] == found["1.fc1"] == 0.3
+    assert found["1.self_attn.q_proj"] == found["1.self_attn.out_proj"] == 0.5
+    assert found["0.fc2"] == -1
+    assert found["1.fc2"] == found["0.self_attn.q_proj"] == 0.1
+    assert (layers[0].fc1.r["default"], layers[0].fc1.scaling["default"]) == (2, 3.5)
+
+
+def test_a_pattern_without_a_module_is_said(opt):
+    with pytest.warns(RuntimeWarning, match=r"threshold_pattern keys did not match any targeted module: \['nowhere'\]"):
+        spiking(opt, threshold_pattern={"nowhere": 0.3, "fc1": 0.2})
+
+
+def test_targets_default_as_loras_do(opt):
+    def targets(config):
+        return set(get_peft_model(copy.deepcopy(opt), config).base_model.targeted_module_names)
+
+    assert targets(SpikeLoraConfig()) == targets(LoraConfig())
+    chosen = {"target_modules": ["q_proj", "fc2"], "layers_to_transform": [1]}
+    assert targets(SpikeLoraConfig(**chosen)) == targets(LoraConfig(**chosen))
+    chosen = {"target_modules": r".*\.0\..*v_proj"}
+    assert targets(SpikeLoraConfig(**chosen)) == targets(LoraConfig(**chosen))
+    assert len(targets(SpikeLoraConfig(**chosen))) == 1
+
+
+def test_modules_to_save_train_beside_the_adapter(opt):
+    model = spiking(opt, target_modules=["q_proj"], modules_to_save=["fc1"])
+    trained = {name.rpartition(".modules_to_save")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert sum("fc1" in name for name in trained) == 2
+
+
+class TestSeveralAdapters:
+    def test_each_has_its_own_gate(self, opt):
+        base_logits = copy.deepcopy(opt)(TOKENS).logits
+        targets = r".*self_attn\.\w+"
+        model = spiking(opt, v_threshold=ALWAYS, target_modules=targets)
+        model.add_adapter("silent", SpikeLoraConfig(r=2, target_modules=targets, v_threshold=NEVER))
+        with_random_b(model)
+        loud = model(TOKENS).logits
+        model.set_adapter("silent")
+        assert torch.equal(model(TOKENS).logits, base_logits)
+        mixed = model(TOKENS, adapter_names=["silent", "default"]).logits
+        torch.testing.assert_close(mixed[0], base_logits[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(mixed[1], loud[1], rtol=0, atol=1e-6)
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base_logits)
+
+    def test_deleting_one_leaves_nothing_of_it(self, opt):
+        model = spiking(opt)
+        expected = model(TOKENS).logits
+        model.add_adapter("other", SpikeLoraConfig(r=2, target_modules="all-linear"))
+        model.set_adapter("other")
+        with pytest.warns(UserWarning, match="Adapter other was active which is now deleted"):
+            model.delete_adapter("other")
+        assert not [name for name in model.state_dict() if "other" in name]
+        assert torch.equal(model(TOKENS).logits, expected)
+
+    def test_a_lora_adapter_is_refused_beside_it(self, opt):
+        with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+            spiking(opt).add_adapter("plain", LoraConfig(target_modules="all-linear"))
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        "module",
+        [
+            nn.Embedding(5, 4),
+            nn.Conv1d(4, 4, 1),
+            nn.Conv2d(4, 4, 1),
+            nn.MultiheadAttention(4, 2),
+            nn.LayerNorm(4),
+            nn.Bilinear(4, 4, 4),
+        ],
+        ids=lambda module: type(module).__name__,
+    )
+    def test_other_layers_by_name(self, module):
+        model = nn.ModuleDict({"good": nn.Linear(4, 4), "inner": nn.ModuleDict({"other": module})})
+        with pytest.raises(SpikeLoraError, match=rf"`inner\.other` is a {type(module).__name__}"):
+            get_peft_model(model, SpikeLoraConfig(target_modules=["other"]))
+
+    def test_the_projection_that_attention_never_calls(self):
+        with pytest.raises(SpikeLoraError, match="out_proj"):
+            get_peft_model(nn.MultiheadAttention(4, 2), SpikeLoraConfig(target_modules=["out_proj"]))
+
+    def test_targets_that_match_nothing(self, opt):
+        with pytest.raises(ValueError, match="nowhere"):
+            spiking(opt, target_modules=["nowhere"])
+
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda m: m.merge_and_unload(),
+            lambda m: m.base_model.merge_adapter(),
+            lambda m: m.base_model.model.model.decoder.layers[0].fc1.merge(),
+            lambda m: m.base_model.model.model.decoder.layers[0].fc1.get_delta_weight("default"),
+            lambda m: m.base_model.add_weighted_adapter(["default"], [1.0], "sum"),
+            lambda m: m.base_model.subtract_mutated_init({}, "default"),
+        ],
+    )
+    def test_merging_leaves_the_model_as_it_was(self, opt, act):
+        model = spiking(opt)
+        expected = model(TOKENS).logits
+        with pytest.raises(SpikeLoraError, match="cannot be merged"):
+            act(model)
+        assert list(model.peft_config) == ["default"]
+        assert torch.equal(model(TOKENS).logits, expected)
+
+    def test_saving_as_a_mutated_lora(self, opt, tmp_path):
+        with pytest.raises(SpikeLoraError, match="cannot be merged"):
+            spiking(opt).save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=str(tmp_path / "b"))
+
+    def test_conversion_to_lora(self, opt):
+        assert not spiking(opt).supports_lora_conversion()
+
+    def test_peft_alone_builds_no_ungated_layers(self, opt):
+        with pytest.raises(ValueError, match="variant"):
+            LoraModel(opt, SpikeLoraConfig(target_modules="all-linear"), "default")
+
+    def test_a_plain_config_for_the_spiking_model(self, opt):
+        with pytest.raises(SpikeLoraError, match="LoraConfig"):
+            SpikeLoraModel(opt, LoraConfig(target_modules="all-linear"), "default")
+
+    def test_a_plain_adapter_injected_into_spiking_layers(self, opt):
+        model = inject_adapter_in_model(SpikeLoraConfig(target_modules="all-linear"), opt)
+        with pytest.warns(UserWarning, match="Already found"), pytest.raises(ValueError, match="variant"):
+            inject_adapter_in_model(LoraConfig(target_modules="all-linear"), model, "plain")
+
+
+def test_unloading_gives_the_base_back(opt):
+    expected = copy.deepcopy(opt)(TOKENS).logits
+    assert torch.equal(spiking(opt).unload()(TOKENS).logits, expected)
+
+
+def test_what_is_printed_has_rank_threshold_and_tau(opt, capsys):
+    model = spiking(opt, r=4, v_threshold=0.25, tau=3, threshold_pattern={"fc1": 0.5})
+    assert "default: r=4, v_threshold=0.5, tau=3" in repr(model.base_model.model.model.decoder.layers[0].fc1)
+    model.print_trainable_parameters()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("trainable params: ")
+    assert second == "spiking adapter 'default' on 12 modules || r: 4 || v_threshold: 0.25 to 0.5 || tau: 3"
+
+
+def test_a_lora_model_prints_as_before(opt, capsys):
+    plain(opt).print_trainable_parameters()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
+def test_eva_builds_the_layers_anew_with_their_gates(opt):
+    model = spiking(opt, init_lora_weights="eva", eva_config=EvaConfig(), threshold_pattern={"fc1": 0.3})
+    layer = model.base_model.model.model.decoder.layers[0].fc1
+    layer.update_layer("default", 6, lora_alpha=6, config=model.peft_config["default"])
+    assert layer.lora_gate["default"].v_threshold.item() == torch.tensor(0.3).item()
+    assert layer.lora_A["default"].out_features == 6
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor]:
+        model = spiking(tiny_opt(), v_threshold=0.05, learn_threshold=True, learn_tau=True).train()
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model(TOKENS, labels=TOKENS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, actual = gradients(False), gradients(True)
+    assert expected.keys() == actual.keys()
+    assert len(expected) == 12 * 4
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=0, msg=name)
