@@ -144,10 +144,10 @@ class SpikeLoraConfig(LoraConfig):
         if not card_file.exists():
             return
         card = ModelCard.load(card_file)
+        card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "spikelora"})
         if _CARD_HEADING not in card.text:
-            card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "spikelora"})
             card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
-            card.save(card_file)
+        card.save(card_file)
 
     @classmethod
     def from_pretrained(
@@ -167,7 +167,8 @@ class SpikeLoraConfig(LoraConfig):
             ) from error
         if not isinstance(config, cls):
             raise SpikeLoraError(
-                f"{folder} holds a {config.peft_type} adapter, not a SPIKELORA one; load it with PEFT's own classes."
+                f"{folder} holds a {PeftType(config.peft_type).value} adapter, not a SPIKELORA one; load it with PEFT's "
+                "own classes."
             )
         if folder.is_dir():
             _check_weights_file(folder, config)

@@ -1,0 +1,276 @@
+"""The main job, run as a user runs it, in a process of its own."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
+SCRIPT = FOLDER / "spikelora_finetuning.py"
+# Enough to see the loss fall, and no more.
+SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=24", "--save_step=8", "--eval_step=12"]
+
+# Runs the script with an ear at every socket of the process.
+WITHOUT_SOCKETS = """
+import runpy, sys
+sys.addaudithook(lambda event, _: event.startswith(("socket.connect", "socket.getaddrinfo")) and sys.exit(event))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(*flags: str) -> list[str]:
+    return [sys.executable, "-c", WITHOUT_SOCKETS, str(SCRIPT), *flags]
+
+
+def run(*flags: str, **options) -> subprocess.CompletedProcess:
+    # Offline mode off: what a user has, and what would let a query of the hub through to the audit hook.
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    return subprocess.run(command(*flags), capture_output=True, text=True, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def script() -> dict:
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of the default job on a smaller budget: its folder and its output."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = run(*SMALL, f"--output_dir={folder}", "--learn_threshold", "--learn_tau", "--compare_lora")
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_the_loss_falls_and_everything_is_saved(finished):
+    folder, output = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for method in ("spikelora", "lora"):
+        assert metrics[method]["loss"] < metrics["before"]["loss"] - 0.05
+    assert metrics["before"]["tokens"] == metrics["spikelora"]["tokens"] > 0
+    assert metrics["spikelora"]["steps"] == 24
+    assert 0.1 < metrics["spikelora"]["sparsity"] < 1
+    assert set(metrics["spikelora"]["sparsity_by_kind"]) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    assert len(metrics["spikelora"]["sparsity_by_module"]) == 24
+    assert metrics["spikelora"]["trainable_parameters"] == metrics["lora"]["trainable_parameters"] + 2 * 24
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "sparsity.png"} <= names
+    assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-2
+    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    for shown in ("perplexity", "trainable parameters", "peak memory, MB", "out_proj", "the same logits to the bit"):
+        assert shown in output
+
+
+def test_the_figures_are_those_of_the_saved_adapter(finished):
+    """Loss and sparsity once more, by another way: row by row without padding, the gate written out."""
+    folder, _ = finished
+    metrics = json.loads((folder / "metrics.json").read_text())
+    namespace = runpy.run_path(str(SCRIPT))
+    options = namespace["parse_options"]([str(folder / "config.yaml")])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    _, rows = namespace["split"](namespace["load_rows"](options), options)
+    rows = namespace["tokenize"](rows, tokenizer, options)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, folder)
+
+    silent, entries = 0, 0
+
+    def look(layer, inputs):
+        nonlocal silent, entries
+        a = layer.lora_A["default"](inputs[0])
+        gate = layer.lora_gate["default"]
+        silent += (a / gate.tau < gate.v_threshold).sum().item()
+        entries += a.numel()
+
+    for layer in model.modules():
+        if hasattr(layer, "lora_gate"):
+            layer.register_forward_pre_hook(look)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            tokens += ids.shape[1] - 1
+    assert tokens == metrics["spikelora"]["tokens"]
+    assert total / tokens == pytest.approx(metrics["spikelora"]["loss"], abs=1e-4)
+    assert silent / entries == pytest.approx(metrics["spikelora"]["sparsity"], abs=1e-4)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
+    flags = [*SMALL, f"--output_dir={tmp_path}", "--learn_threshold", "--learn_tau"]
+    with subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoint-8" / "trainer_state.json").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+    again = run(*flags)
+    assert again.returncode == 1
+    assert "--resume_from_checkpoint" in again.stderr
+
+    resumed = run(*flags, "--resume_from_checkpoint")
+    assert resumed.returncode == 0, resumed.stderr
+    expected = json.loads((finished[0] / "metrics.json").read_text())["spikelora"]
+    actual = json.loads((tmp_path / "metrics.json").read_text())["spikelora"]
+    assert actual["steps"] == expected["steps"]
+    assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert actual["sparsity"] == pytest.approx(expected["sparsity"], abs=1e-6)
+
+
+def test_no_held_out_passage_stands_in_the_training_text(script):
+    options = script["parse_options"]([])
+    train, held_out = script["split"](script["python_reference"](), options)
+    text = " ".join(" ".join(train["text"]).split())
+    passages = [" ".join(passage.split()) for passage in held_out["text"]]
+    assert len(passages) > 10
+    assert not [passage for passage in passages if passage in text]
+    paragraphs = {" ".join(part.split()) for passage in train["text"] for part in passage.split("\n\n")}
+    assert not paragraphs & {
+        " ".join(part.split()) for passage in held_out["text"] for part in passage.split("\n\n")
+    } - {""}
+
+
+def test_neurons_get_no_weight_decay(script):
+    options = script["parse_options"](["--learn_threshold", "--learn_tau"])
+    base = script["load_base"](options)
+    model = script["get_peft_model"](base, script["adapter_config"](options, spiking=True))
+    trainer = script["NeuronTrainer"](model=model)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    neurons = {name for name in trained if "lora_gate" in name}
+    assert len(neurons) == 2 * 24
+    assert trained - decayed == neurons
+
+
+ROWS = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Say hi.", "output": "hi"}]
+
+
+def test_instructions_mask_the_prompt(script):
+    options = script["parse_options"]([])
+    tokenizer = AutoTokenizer.from_pretrained(script["EMBEDDED_MODEL"])
+    rows = script["tokenize"](Dataset.from_list(ROWS), tokenizer, options)
+    for row, source in zip(rows, ROWS, strict=True):
+        learned = [token for token in row["labels"] if token != -100]
+        assert tokenizer.decode(learned) == source["output"] + "</s>"
+        assert row["input_ids"][-len(learned) :] == learned
+        assert source["instruction"] in tokenizer.decode(row["input_ids"])
+    assert "1 and 2" in tokenizer.decode(rows[0]["input_ids"])
+
+
+def test_long_texts_become_several_rows(script):
+    options = script["parse_options"](["--cutoff_len=8"])
+    tokenizer = AutoTokenizer.from_pretrained(script["EMBEDDED_MODEL"])
+    text = "The neuron fires at equality. " * 10
+    rows = script["tokenize"](Dataset.from_list([{"text": text}]), tokenizer, options)
+    assert max(map(len, rows["input_ids"])) == 8
+    assert tokenizer.decode([token for ids in rows["input_ids"] for token in ids]) == text + "</s>"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "txt", "saved"])
+def test_every_kind_of_file_is_read(script, suffix, tmp_path):
+    rows = Dataset.from_list([{"text": "first row"}, {"text": "second row"}])
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "txt":
+        path.write_text("first row\n\nsecond row")
+    elif suffix == "json":
+        path.write_text(json.dumps(rows.to_list()))
+    else:
+        save = {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet, "saved": rows.save_to_disk}
+        save[suffix](str(path))
+    assert script["load_rows"](script["parse_options"]([f"--data_path={path}"]))["text"][:] == rows["text"][:]
+
+
+def test_yaml_and_flags(script, tmp_path):
+    (tmp_path / "run.yaml").write_text("v_threshold: 0.3\nlearn_tau: true\nlearning_rate: 1e-3\nmax_steps: 7\n")
+    options = script["parse_options"]([str(tmp_path / "run.yaml"), "--max_steps=9"])
+    assert (options.v_threshold, options.learn_tau, options.learning_rate, options.max_steps) == (0.3, True, 1e-3, 9)
+
+
+class TestBadInput:
+    def refused(self, script, monkeypatch, capsys, *flags: str) -> str:
+        """The message with which the script ends, before it has loaded a model."""
+        monkeypatch.setattr(sys, "argv", ["spikelora_finetuning.py", *flags])
+        with pytest.raises((SystemExit, script["SpikeLoraError"])) as raised:
+            script["main"]()
+        return str(raised.value) + capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("flag", "named"),
+        [
+            ("--v_threshold=nan", "v_threshold"),
+            ("--v_threshold=inf", "v_threshold"),
+            ("--tau=1", "tau"),
+            ("--lora_r=0", "`r`"),
+            ("--learning_rate=-1", "--learning_rate"),
+            ("--batch_size=0", "--batch_size"),
+            ("--cutoff_len=300", "--cutoff_len 300"),
+            ("--cutoff_len=nan", "--cutoff_len"),
+            ("--val_set_size=1000000", "--val_set_size"),
+            ("--base_model=./nowhere", "--base_model ./nowhere"),
+            ("--data_path=nowhere.csv", "--data_path nowhere.csv"),
+            ("--lora_target_modules=nowhere", "nowhere"),
+            ("--unknown_flag=1", "--unknown_flag"),
+        ],
+    )
+    def test_flags(self, script, monkeypatch, capsys, tmp_path, flag, named):
+        folder = f"--output_dir={tmp_path / 'out'}"
+        assert named in self.refused(script, monkeypatch, capsys, flag, folder)
+        assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "named"),
+        [
+            ("", "rows.jsonl"),
+            ("no json", "rows.jsonl"),
+            ('{"text": "one"}\n', "1 rows"),
+            ('{"words": "one"}\n{"words": "two"}\n', "--text_field text"),
+            ('{"text": ""}\n{"text": ""}\n{"text": ""}', "no row has a token"),
+            ('{"text": "one"}\n{"text": null}\n{"text": "three"}', "no text in the column text"),
+        ],
+    )
+    def test_data(self, script, monkeypatch, capsys, tmp_path, content, named):
+        (tmp_path / "rows.jsonl").write_text(content)
+        flags = (f"--data_path={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path / 'out'}")
+        assert named in self.refused(script, monkeypatch, capsys, *flags)
+
+    def test_an_output_folder_that_cannot_be_written(self, script, monkeypatch, capsys, tmp_path):
+        (tmp_path / "file").touch()
+        flags = (f"--output_dir={tmp_path / 'file' / 'out'}",)
+        assert "--output_dir" in self.refused(script, monkeypatch, capsys, *flags)
+
+    def test_a_checkpoint_of_another_method(self, script, monkeypatch, capsys, finished, tmp_path):
+        checkpoint = next((finished[0] / "lora").glob("checkpoint-*"))
+        flags = (f"--resume_from_checkpoint={checkpoint}", f"--output_dir={tmp_path}")
+        assert "holds a LORA adapter" in self.refused(script, monkeypatch, capsys, *flags)
+
+    def test_a_refused_run_keeps_the_results_of_the_last(self, script, monkeypatch, capsys, finished):
+        self.refused(script, monkeypatch, capsys, "--data_path=nowhere.csv", f"--output_dir={finished[0]}")
+        assert (finished[0] / "adapter_config.json").exists()
+
+
+def test_a_real_text(tmp_path):
+    """Tiny Shakespeare (karpathy/char-rnn on GitHub), by file."""
+    if "SPIKELORA_DATA" not in os.environ:
+        pytest.skip(
+            "SPIKELORA_DATA is unset; the text is in the public repository karpathy/char-rnn, data/tinyshakespeare"
+        )
+    text = Path(os.environ["SPIKELORA_DATA"], "tinyshakespeare", "input.txt")
+    result = run(*SMALL, f"--data_path={text}", f"--output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 0.3

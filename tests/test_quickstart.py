@@ -1,0 +1,93 @@
+"""The README's quick start, as its authors present the method: TRL, bfloat16, `device_map="auto"`, a fresh process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_opt
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+import spikelora  # noqa: F401 - registers the method with PEFT, and so comes first
+
+# isort: split
+from peft import PeftModel, SpikeLoraConfig, get_peft_model
+
+EMBEDDED_MODEL = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
+
+FRESH_PROCESS = """
+import sys
+import spikelora
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapter, expected = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map="auto")
+model = PeftModel.from_pretrained(model, adapter).eval()
+saved = torch.load(expected)
+with torch.no_grad():
+    assert torch.equal(model(saved["tokens"]).logits, saved["logits"])
+"""
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
+@pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
+def test_quick_start(make_base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    base = make_base()
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, device_map="auto")
+    config = SpikeLoraConfig(v_threshold=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path / "out"),
+            max_length=32,
+            max_steps=3,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_dict({"text": ["The neuron fires at equality.", "def gate(a): return a"] * 8}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("lora_B" in name for name in moved)
+    assert not any("lora_gate" in name or "base_layer" in name for name in moved)
+
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.arange(3, 31).view(2, 14)
+    with torch.no_grad():
+        logits = trainer.model.eval()(tokens).logits
+    torch.save({"tokens": tokens, "logits": logits}, tmp_path / "expected.pt")
+    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_sft_trainer_takes_the_config(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    trainer = SFTTrainer(
+        model=str(EMBEDDED_MODEL),
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_length=16, max_steps=1, report_to="none", use_cpu=True, bf16=False
+        ),
+        train_dataset=Dataset.from_dict({"text": ["The neuron fires at equality."] * 8}),
+        processing_class=tokenizer,
+        peft_config=SpikeLoraConfig(target_modules=["q_proj"]),
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), tmp_path / "adapter")
+    assert loaded.peft_config["default"].peft_type == "SPIKELORA"

@@ -1,0 +1,193 @@
+"""What is saved is what is loaded, by every loader, and nothing half-right is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_opt
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+
+from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.gate import SpikeGate
+
+TOKENS = torch.arange(3, 31).view(2, 14)
+THRESHOLD = torch.tensor(0.1).item()  # not exact in bfloat16
+
+
+def trained(base, **options) -> PeftModel:
+    """A spiking adapter that does something, with a threshold in one module that its configuration does not have."""
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    model = get_peft_model(base, SpikeLoraConfig(**options)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    next(gate for gate in model.modules() if isinstance(gate, SpikeGate)).v_threshold.data.fill_(-0.3)
+    return model
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    tiny_opt().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a saved adapter on the tiny OPT, and the logits it gives there."""
+    model = trained(tiny_opt())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model(TOKENS).logits
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
+def test_reload_is_equal_to_the_bit(make_base, dtype, tmp_path):
+    model = trained(make_base().to(dtype), use_rslora=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_base().to(dtype), tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert not torch.equal(loaded(TOKENS).logits, make_base().to(dtype)(TOKENS).logits)
+
+
+def test_the_file_holds_the_neurons_of_all_modules(saved):
+    tensors = load_file(saved[0] / "adapter_model.safetensors")
+    keys = {key.split("fc1.")[1] for key in tensors if "layers.0.fc1" in key}
+    assert keys == {"lora_A.weight", "lora_B.weight", "lora_gate.v_threshold", "lora_gate.tau"}
+    neurons = {key: value for key, value in tensors.items() if "lora_gate" in key}
+    assert {(value.dtype, value.shape) for value in neurons.values()} == {(torch.float32, (1,))}
+
+
+def test_the_tensor_wins_over_the_config(saved):
+    folder, expected = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"v_threshold": 1e6, "tau": 9.0}))
+    assert torch.equal(PeftModel.from_pretrained(tiny_opt(), folder)(TOKENS).logits, expected)
+
+
+def from_transformers(base, folder):
+    base.load_adapter(str(folder))
+    return base
+
+
+def second_adapter(base, folder):
+    model = get_peft_model(base, SpikeLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.load_adapter(folder, "second")
+    model.set_adapter("second", inference_mode=True)
+    model.delete_adapter("default")
+    return model
+
+
+LOADERS = {
+    "peft": PeftModel.from_pretrained,
+    "peft, trainable": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True).eval(),
+    "peft, low memory": lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "peft, second adapter": second_adapter,
+    "transformers": from_transformers,
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_loader_gives_the_same_fixed_neurons(loader, dtype, tmp_path):
+    model = trained(tiny_opt().to(dtype))
+    model.save_pretrained(tmp_path)
+    loaded = loader(tiny_opt().to(dtype), tmp_path)
+    gates = [module for module in loaded.modules() if isinstance(module, SpikeGate)]
+    assert len(gates) == 12
+    assert sorted({gate.v_threshold.item() for gate in gates}) == [torch.tensor(-0.3).item(), THRESHOLD]
+    assert {gate.tau.dtype for gate in gates} == {torch.float32}
+    assert not any(parameter.requires_grad for gate in gates for parameter in gate.parameters())
+    if dtype == torch.float32:  # in bfloat16, the loaders of A and B round differently
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_learned_neurons_stay_learned(tmp_path):
+    trained(tiny_opt(), learn_threshold=True, learn_tau=True).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_opt(), tmp_path, is_trainable=True)
+    assert all(p.requires_grad for m in loaded.modules() if isinstance(m, SpikeGate) for p in m.parameters())
+
+
+def test_auto_model(base_folder, tmp_path):
+    model = trained(type(tiny_opt()).from_pretrained(base_folder))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_hotswap_takes_thresholds_along(saved, tmp_path):
+    folder, expected = saved
+    model = trained(tiny_opt(), v_threshold=0.7)
+    model.save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(tiny_opt(), tmp_path / "first")
+    assert not torch.equal(model(TOKENS).logits, expected)
+    hotswap_adapter(model, folder, "default", torch_device="cpu")
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_the_card_says_what_to_install_and_import(saved):
+    card = (saved[0] / "README.md").read_text()
+    assert "import spikelora" in card
+    assert "KeyError: 'SPIKELORA'" in card
+    assert "- spikelora\n" in card.split("---")[1]
+    trained(tiny_opt()).save_pretrained(saved[0])  # again, over it
+    assert (saved[0] / "README.md").read_text().split() == card.split()
+
+
+def test_without_the_import_loading_ends_in_the_documented_error(saved, base_folder):
+    code = (
+        "import sys; from peft import PeftModel; from transformers import OPTForCausalLM\n"
+        "PeftModel.from_pretrained(OPTForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, base_folder, saved[0]], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "KeyError: 'SPIKELORA'" in run.stderr
+
+
+class TestDamage:
+    def edit(self, folder, change):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def key(self, end):
+        return f"base_model.model.model.decoder.layers.1.fc2.{end}"
+
+    def refuses(self, folder, message):
+        with pytest.raises(SpikeLoraError, match=message):
+            PeftModel.from_pretrained(tiny_opt(), folder)
+
+    @pytest.mark.parametrize("name", ["v_threshold", "tau"])
+    def test_a_missing_neuron(self, saved, name):
+        self.edit(saved[0], lambda tensors: tensors.pop(self.key(f"lora_gate.{name}")))
+        self.refuses(saved[0], rf"no `{name}` for `.*layers\.1\.fc2`")
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("v_threshold", float("nan")), ("v_threshold", float("inf")), ("tau", 1.0), ("tau", -2.0)]
+    )
+    def test_a_neuron_out_of_range(self, saved, name, value):
+        self.edit(saved[0], lambda tensors: tensors[self.key(f"lora_gate.{name}")].fill_(value))
+        self.refuses(saved[0], rf"`{name}` of `.*layers\.1\.fc2` .* out of range")
+
+    def test_another_rank(self, saved):
+        self.edit(saved[0], lambda tensors: tensors.update({self.key("lora_A.weight"): torch.zeros(3, 64)}))
+        self.refuses(saved[0], r"layers\.1\.fc2\.lora_A\.default\.weight` has the shape \(3, 64\).*\(4, 64\)")
+
+    def test_a_file_cut_short(self, saved):
+        weights = saved[0] / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        self.refuses(saved[0], r"adapter_model\.safetensors is damaged")
+
+    def test_no_file(self, saved):
+        (saved[0] / "adapter_model.safetensors").unlink()
+        self.refuses(saved[0], r"neither adapter_model\.safetensors nor")
+
+    def test_another_methods_folder(self, tmp_path):
+        get_peft_model(tiny_opt(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+        with pytest.raises(SpikeLoraError, match="holds a LORA adapter"):
+            SpikeLoraConfig.from_pretrained(tmp_path)
