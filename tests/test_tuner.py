@@ -8,6 +8,7 @@ import torch
 from conftest import tiny_gpt2, tiny_opt
 from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners import lora
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
@@ -260,8 +261,9 @@ class TestRefused:
             get_peft_model(nn.MultiheadAttention(4, 2), SpikeLoraConfig(target_modules=["out_proj"]))
 
     def test_targets_that_match_nothing(self, opt):
-        with pytest.raises(ValueError, match="nowhere"):
+        with pytest.raises(SpikeLoraError, match="nowhere") as raised:
             spiking(opt, target_modules=["nowhere"])
+        assert isinstance(raised.value, NoMatchingPeftModuleError)
 
     @pytest.mark.parametrize(
         "act",

@@ -454,10 +454,11 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     before = measure(model, val_rows, collator, options, "held-out text, before")
     if spiking:
         warn_of_silence(before, "at the start")
+    # Now, as the Trainer may remove the checkpoint when it writes newer ones.
+    resumed = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
     trainer = train(model, train_rows, val_rows, collator, options, folder, checkpoint)
     state = trainer.state
     seconds = next(entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
-    resumed = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
     after = measure(model, val_rows, collator, options, "held-out text, after")
     after |= {
         "trainable_parameters": model.get_nb_trainable_parameters()[0],

@@ -166,9 +166,9 @@ class SpikeLoraConfig(LoraConfig):
                 f"{folder / CONFIG_NAME} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
             ) from error
         if not isinstance(config, cls):
+            found = PeftType(config.peft_type).value
             raise SpikeLoraError(
-                f"{folder} holds a {PeftType(config.peft_type).value} adapter, not a SPIKELORA one; load it with PEFT's "
-                "own classes."
+                f"{folder} holds a {found} adapter, not a SPIKELORA one; load it with PEFT's own classes."
             )
         if folder.is_dir():
             _check_weights_file(folder, config)

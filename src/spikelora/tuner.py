@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ def _refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
         "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight: its gate depends on the input. Serve "
         "it unmerged, or train with `LoraConfig` where a merged model is needed."
     )
+
+
+class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
+    """Raised where an adapter would adapt no module at all."""
 
 
 class SpikeLinearVariant(LoraVariant):
@@ -132,7 +137,10 @@ class SpikeLoraModel(LoraModel):
         config.check()  # it may have been changed since it was made
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
         patterns = self.peft_config[adapter_name].threshold_pattern
         unmatched = [
             key
