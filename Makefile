@@ -3,15 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: finetune test test-all quality format wheel clean
+.PHONY: finetune test quality format wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
 
-test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
-
-test-all: $(READY)
+test: $(READY)
 	$(BIN)/python -m pytest
 
 quality: $(READY)  ## lint, formatting, types

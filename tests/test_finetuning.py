@@ -21,10 +21,10 @@ SCRIPT = FOLDER / "spikelora_finetuning.py"
 # Enough to see the loss fall, and no more.
 SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=24", "--save_step=8", "--eval_step=12"]
 
-# Runs the script with an ear at every socket of the process.
+# Runs the script and ends it, in whatever thread, where it opens a socket.
 WITHOUT_SOCKETS = """
-import runpy, sys
-sys.addaudithook(lambda event, _: event.startswith(("socket.connect", "socket.getaddrinfo")) and sys.exit(event))
+import os, runpy, sys
+sys.addaudithook(lambda event, arguments: event.startswith("socket.") and os._exit(99))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -35,7 +35,7 @@ def command(*flags: str) -> list[str]:
 
 
 def run(*flags: str, **options) -> subprocess.CompletedProcess:
-    # Offline mode off: what a user has, and what would let a query of the hub through to the audit hook.
+    # Offline mode off: what a user has, and what lets a query of the hub get as far as its socket.
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}
     return subprocess.run(command(*flags), capture_output=True, text=True, env=environment, **options)
 
