@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
@@ -85,7 +86,7 @@ class Options:
     eval_step: int = flag(100, "updates between two looks at the held-out loss")
     save_step: int = flag(100, "updates between two checkpoints")
     device_map: str = flag("auto", "where the base model goes, as transformers takes it")
-    dtype: str = flag("float32", "of the base model: float32, bfloat16, float16 or auto")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = flag("float32", "of the base model")
     lora_r: int = flag(8, "rank")
     lora_alpha: int = flag(16, "numerator of LoRA's scaling")
     lora_dropout: float = flag(0.0, "dropout on the adapter's input")
@@ -122,6 +123,9 @@ def parse_options(arguments: list[str]) -> Options:
     for name in (*positive, "val_set_size", "eval_step", "save_step"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    for name in ("lora_dropout", "warmup_ratio"):
+        if not 0 <= getattr(options, name) < 1:
+            parser.error(f"--{name} must be a share, at least 0 and below 1, got {getattr(options, name)}")
     return options
 
 
@@ -240,7 +244,7 @@ def counting_spikes(model: torch.nn.Module, batch: dict):
     counts: dict[str, list] = defaultdict(lambda: [0, 0])
 
     def count(name: str, gate: SpikeGate, inputs: tuple) -> None:
-        a = inputs[0].flatten(0, -2)[batch["attention_mask"].flatten().bool()]
+        a = inputs[0].flatten(0, -2)[batch["attention_mask"].flatten().bool().to(inputs[0].device)]
         counts[name][0] += gate.spikes(a).sum()
         counts[name][1] += a.numel()
 
@@ -395,7 +399,7 @@ def clear_results(folder: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def train(model: PeftModel, train_rows, val_rows, collator, options: Options, folder: Path, checkpoint) -> Trainer:
+def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Options, folder: Path) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.batch_size,
@@ -421,7 +425,7 @@ def train(model: PeftModel, train_rows, val_rows, collator, options: Options, fo
         hub_model_id=options.hub_model_id,
         seed=options.seed,
     )
-    trainer = NeuronTrainer(
+    return NeuronTrainer(
         model=model,
         args=arguments,
         train_dataset=train_rows,
@@ -429,11 +433,6 @@ def train(model: PeftModel, train_rows, val_rows, collator, options: Options, fo
         data_collator=collator,
         processing_class=collator.tokenizer,
     )
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; go on with --output_dir {options.output_dir} --resume_from_checkpoint")
-    return trainer
 
 
 def peak_memory() -> float:
@@ -451,12 +450,16 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     model = get_peft_model(load_base(options), adapter_config(options, spiking))
     model.print_trainable_parameters()
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    trainer = make_trainer(model, train_rows, val_rows, collator, options, folder)
     before = measure(model, val_rows, collator, options, "held-out text, before")
     if spiking:
         warn_of_silence(before, "at the start")
     # Now, as the Trainer may remove the checkpoint when it writes newer ones.
     resumed = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
-    trainer = train(model, train_rows, val_rows, collator, options, folder, checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; go on with --output_dir {options.output_dir} --resume_from_checkpoint")
     state = trainer.state
     seconds = next(entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
     after = measure(model, val_rows, collator, options, "held-out text, after")

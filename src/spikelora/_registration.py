@@ -1,7 +1,6 @@
 """Makes SpikeLoRA a method of PEFT: the only place that touches PEFT's enum, mappings and namespace."""
 
 import functools
-import sys
 from collections import defaultdict
 
 import peft
@@ -47,7 +46,7 @@ def _add_member() -> None:
     PeftType._member_names_.append(_NAME)
     PeftType._member_map_[_NAME] = member
     PeftType._value2member_map_[_NAME] = member
-    if sys.version_info >= (3, 12):
+    if hasattr(PeftType, "_hashable_values_"):  # since a patch release of Python 3.12
         PeftType._hashable_values_.append(_NAME)
 
 
