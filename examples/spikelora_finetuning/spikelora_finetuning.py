@@ -392,11 +392,14 @@ def prepare_folder(folder: Path, resume: str | None) -> Path | None:
 
 
 def clear_results(folder: Path) -> None:
-    """Remove what an earlier, finished run left in the folder, the file that makes its adapter loadable first."""
-    for name in (*ADAPTER_FILES[::-1], "metrics.json", "sparsity.png"):
+    """Remove what a finished run left in the folder, the file that makes its adapter loadable first."""
+    if not (folder / "metrics.json").exists():
+        return
+    for name in (*ADAPTER_FILES[::-1], "sparsity.png"):
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in folder.glob("**/checkpoint-*"):
+    for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob("lora/checkpoint-*")):
         shutil.rmtree(checkpoint)
+    (folder / "metrics.json").unlink()
 
 
 def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Options, folder: Path) -> Trainer:
@@ -477,6 +480,9 @@ def save(model: PeftModel, tokenizer, options: Options, folder: Path) -> None:
     """Save beside, then move in place, the adapter's configuration last: what was cut short does not load."""
     partial_folder = folder / ".partial"
     shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir()
+    if (folder / "README.md").exists():  # PEFT adds to a card that is there
+        shutil.copy(folder / "README.md", partial_folder)
     model.save_pretrained(partial_folder)
     for name in ADAPTER_FILES:
         os.replace(partial_folder / name, folder / name)
