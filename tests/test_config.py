@@ -26,6 +26,12 @@ NEURON = {
     "learn_tau": True,
     "threshold_pattern": {"q_proj": 0.5, "layers\\.1\\..*": -1.0},
 }
+WHOLE = {
+    "fc1.lora_A.weight": torch.zeros(8, 16),
+    "fc1.lora_B.weight": torch.zeros(16, 8),
+    "fc1.lora_gate.v_threshold": torch.full((1,), 0.1),
+    "fc1.lora_gate.tau": torch.full((1,), 2.0),
+}
 LORA = {
     "r": 4,
     "lora_alpha": 32,
@@ -207,7 +213,7 @@ def test_load_a_configuration_with_a_value_out_of_range(tmp_path):
 def test_load_beside_damaged_weights(tmp_path, damage, inference_mode):
     SpikeLoraConfig(inference_mode=inference_mode).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    save_file({"lora_A": torch.zeros(8, 8)}, file)
+    save_file(WHOLE, file)
     assert SpikeLoraConfig.from_pretrained(tmp_path).r == 8
 
     file.write_bytes(damage(file.read_bytes()))
@@ -222,12 +228,43 @@ def test_load_a_saved_adapter_without_its_weights(tmp_path):
     with pytest.raises(SpikeLoraError, match=f"^{tmp_path} holds the configuration of a saved adapter but neither"):
         SpikeLoraConfig.from_pretrained(tmp_path)
 
-    torch.save({}, tmp_path / "adapter_model.bin")
+    torch.save(WHOLE, tmp_path / "adapter_model.bin")
     assert SpikeLoraConfig.from_pretrained(tmp_path).inference_mode
 
+    (tmp_path / "adapter_model.bin").write_bytes(b"x" * 100)
+    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is damaged"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
 
-def test_to_lora_config():
-    plain = SpikeLoraConfig(**NEURON, **LORA).to_lora_config()
+
+def test_load_from_a_folder_that_is_no_adapter(tmp_path):
+    with pytest.raises(SpikeLoraError, match=r"has no adapter_config\.json"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.clear(), "no `lora_A` at all"),
+        (lambda tensors: tensors.pop("fc1.lora_A.weight"), "no `lora_A` at all"),
+        (lambda tensors: tensors.pop("fc1.lora_B.weight"), r"no `lora_B\.weight` for `fc1`"),
+        (lambda tensors: tensors.pop("fc1.lora_gate.tau"), r"no `lora_gate\.tau` for `fc1`"),
+        (lambda tensors: tensors["fc1.lora_gate.tau"].fill_(1), "`tau` of `fc1`"),
+        (lambda tensors: tensors["fc1.lora_gate.v_threshold"].fill_(float("nan")), "`v_threshold` of `fc1`"),
+        (lambda tensors: tensors.update({"fc1.lora_gate.tau": torch.full((2,), 2.0)}), "`tau` of `fc1`"),
+    ],
+)
+def test_load_an_adapter_that_is_not_whole(tmp_path, change, message):
+    tensors = {name: tensor.clone() for name, tensor in WHOLE.items()}
+    change(tensors)
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+
+    with pytest.raises(SpikeLoraError, match=message):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+def test_without_neuron():
+    plain = SpikeLoraConfig(**NEURON, **LORA).without_neuron()
 
     expected = LoraConfig(**LORA)
     assert type(plain) is LoraConfig

@@ -131,6 +131,13 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
     assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert actual["sparsity"] == pytest.approx(expected["sparsity"], abs=1e-6)
 
+    other = run(*flags, "--resume_from_checkpoint", "--v_threshold=0.3")
+    assert "was trained with v_threshold 0.1, not 0.3" in other.stderr
+    ended = run(*flags, "--resume_from_checkpoint")
+    assert ended.returncode == 0, ended.stderr
+    again = json.loads((tmp_path / "metrics.json").read_text())["spikelora"]
+    assert (again["steps"], again["loss"]) == (actual["steps"], actual["loss"])
+
 
 def test_no_held_out_passage_stands_in_the_training_text(script):
     options = script["parse_options"]([])
@@ -195,10 +202,55 @@ def test_every_kind_of_file_is_read(script, suffix, tmp_path):
     assert script["load_rows"](script["parse_options"]([f"--data_path={path}"]))["text"][:] == rows["text"][:]
 
 
+def test_an_instruction_run(tmp_path):
+    rows = [{"instruction": f"Add {n} and 1.", "input": "", "output": str(n + 1)} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = run(
+        *SMALL, f"--data_path={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path / 'out'}", "--val_set_size=8"
+    )
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 1
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
+    answers = [len(tokenizer(row["output"] + "</s>")["input_ids"]) for row in rows]
+    assert 8 * min(answers) <= metrics["before"]["tokens"] <= 8 * max(answers)
+    assert "### Answer:\n >>> " in result.stdout
+
+
+def test_a_run_that_diverges_leaves_no_adapter(tmp_path):
+    result = run(*SMALL, "--max_steps=3", "--learning_rate=1e30", f"--output_dir={tmp_path}")
+    assert result.returncode == 1
+    assert "Lower --learning_rate" in result.stderr
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_push_uploads_the_finished_run_alone(script, finished, monkeypatch, tmp_path):
+    calls = {}
+    hub = script["huggingface_hub"]
+    monkeypatch.setattr(hub, "create_repo", lambda name, **_: calls.setdefault("repository", hub.RepoUrl(f"me/{name}")))
+    monkeypatch.setattr(hub, "upload_folder", lambda **options: calls.update(options))
+    flags = [*SMALL, "--max_steps=2", "--val_set_size=4", "--push_to_hub", f"--output_dir={tmp_path / 'mine'}"]
+    monkeypatch.setattr(sys, "argv", ["spikelora_finetuning.py", *flags])
+    script["main"]()
+    assert calls["repo_id"] == "me/mine"
+    assert calls["folder_path"] == tmp_path / "mine"
+    assert (
+        hub.utils.filter_repo_objects(
+            ["checkpoint-2/optimizer.pt", "lora/checkpoint-2/optimizer.pt", "adapter_config.json"],
+            ignore_patterns=calls["ignore_patterns"],
+        ).__next__()
+        == "adapter_config.json"
+    )
+    assert "import spikelora" in (tmp_path / "mine" / "README.md").read_text()
+
+
 def test_yaml_and_flags(script, tmp_path):
-    (tmp_path / "run.yaml").write_text("v_threshold: 0.3\nlearn_tau: true\nlearning_rate: 1e-3\nmax_steps: 7\n")
+    (tmp_path / "run.yaml").write_text(
+        "v_threshold: -0.3\nlearn_tau: true\nlearning_rate: 1e-3\nmax_steps: 7\nlora_target_modules: [q_proj, 0.fc1]\n"
+    )
     options = script["parse_options"]([str(tmp_path / "run.yaml"), "--max_steps=9"])
-    assert (options.v_threshold, options.learn_tau, options.learning_rate, options.max_steps) == (0.3, True, 1e-3, 9)
+    assert (options.v_threshold, options.learn_tau, options.learning_rate, options.max_steps) == (-0.3, True, 1e-3, 9)
+    assert script["adapter_config"](options, spiking=True).target_modules == {"q_proj", "0.fc1"}
 
 
 class TestBadInput:
@@ -217,12 +269,22 @@ class TestBadInput:
             ("--tau=1", "tau"),
             ("--lora_r=0", "`r`"),
             ("--learning_rate=-1", "--learning_rate"),
+            ("--learning_rate=inf", "--learning_rate"),
+            ("--weight_decay=-1", "--weight_decay"),
+            ("--warmup_ratio=2", "--warmup_ratio"),
+            ("--lora_dropout=1", "--lora_dropout"),
+            ("--seed=-1", "--seed"),
+            ("--dtype=float7", "--dtype"),
+            ("--report_to=nowhere", "nowhere"),
+            ("--lora_target_modules=(", "target_modules"),
+            ("--resume_from_checkpoint=nowhere", "--resume_from_checkpoint nowhere"),
             ("--batch_size=0", "--batch_size"),
             ("--cutoff_len=300", "--cutoff_len 300"),
             ("--cutoff_len=nan", "--cutoff_len"),
             ("--val_set_size=1000000", "--val_set_size"),
             ("--base_model=./nowhere", "--base_model ./nowhere"),
             ("--data_path=nowhere.csv", "--data_path nowhere.csv"),
+            ("--data_path=./nowhere", "--data_path ./nowhere"),
             ("--lora_target_modules=nowhere", "nowhere"),
             ("--unknown_flag=1", "--unknown_flag"),
         ],
@@ -235,7 +297,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("content", "named"),
         [
-            ("", "rows.jsonl"),
+            ("", "the file is empty"),
             ("no json", "rows.jsonl"),
             ('{"text": "one"}\n', "1 rows"),
             ('{"words": "one"}\n{"words": "two"}\n', "--text_field text"),

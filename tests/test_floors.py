@@ -11,13 +11,14 @@ FLOORS = {
     "errors": 0,
     "neuron": 0,
     "gate": 1,
+    "adapter_files": 2,
     "config": 2,
     "tuner": 3,
     "_registration": 3,
     "__init__": 6,
 }
-# The registration names the classes that it registers.
-SAME_FLOOR = {("_registration", "tuner")}
+# The registration names the classes that it registers; a configuration is loaded from an adapter's folder.
+SAME_FLOOR = {("_registration", "tuner"), ("config", "adapter_files")}
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 
 

@@ -178,7 +178,3 @@ def test_copies_keep_everything(duplicate):
     with torch.no_grad():
         twin.v_threshold.fill_(9.0)
     assert gate.v_threshold.item() == pytest.approx(0.3)
-
-
-def test_repr_says_what_is_learned():
-    assert repr(make_gate(learn_tau=True)) == "SpikeGate(surrogate_alpha=2.0, learn_threshold=False, learn_tau=True)"

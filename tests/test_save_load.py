@@ -165,18 +165,35 @@ class TestDamage:
     @pytest.mark.parametrize("name", ["v_threshold", "tau"])
     def test_a_missing_neuron(self, saved, name):
         self.edit(saved[0], lambda tensors: tensors.pop(self.key(f"lora_gate.{name}")))
-        self.refuses(saved[0], rf"no `{name}` for `.*layers\.1\.fc2`")
+        self.refuses(saved[0], rf"no `lora_gate\.{name}` for `.*layers\.1\.fc2`")
 
     @pytest.mark.parametrize(
         ("name", "value"), [("v_threshold", float("nan")), ("v_threshold", float("inf")), ("tau", 1.0), ("tau", -2.0)]
     )
     def test_a_neuron_out_of_range(self, saved, name, value):
         self.edit(saved[0], lambda tensors: tensors[self.key(f"lora_gate.{name}")].fill_(value))
-        self.refuses(saved[0], rf"`{name}` of `.*layers\.1\.fc2` .* out of range")
+        self.refuses(saved[0], rf"`{name}` of `.*layers\.1\.fc2` in the adapter's file is \[")
 
     def test_another_rank(self, saved):
         self.edit(saved[0], lambda tensors: tensors.update({self.key("lora_A.weight"): torch.zeros(3, 64)}))
         self.refuses(saved[0], r"layers\.1\.fc2\.lora_A\.default\.weight` has the shape \(3, 64\).*\(4, 64\)")
+
+    @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}])
+    def test_a_whole_layer_missing(self, saved, options):
+        def drop_layer(tensors):
+            for name in [name for name in tensors if "layers.1.fc2" in name]:
+                del tensors[name]
+
+        self.edit(saved[0], drop_layer)
+        with pytest.raises(SpikeLoraError, match=r"nothing for `.*layers\.1\.fc2"):
+            PeftModel.from_pretrained(tiny_opt(), saved[0], **options)
+
+    def test_hotswap_of_a_file_without_neurons(self, saved):
+        model = PeftModel.from_pretrained(tiny_opt(), saved[0])
+        self.edit(saved[0], lambda tensors: tensors.pop(self.key("lora_gate.v_threshold")))
+        with pytest.raises(SpikeLoraError, match=r"no `lora_gate\.v_threshold`"):
+            hotswap_adapter(model, saved[0], "default", torch_device="cpu")
+        assert torch.equal(model(TOKENS).logits, saved[1])
 
     def test_a_file_cut_short(self, saved):
         weights = saved[0] / "adapter_model.safetensors"

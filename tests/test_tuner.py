@@ -10,6 +10,7 @@ from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, in
 from peft.tuners import lora
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
 from spikelora.gate import SpikeGate
@@ -260,6 +261,23 @@ class TestRefused:
         with pytest.raises(SpikeLoraError, match="out_proj"):
             get_peft_model(nn.MultiheadAttention(4, 2), SpikeLoraConfig(target_modules=["out_proj"]))
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_layers_that_a_transformer_encoder_reads(self, training):
+        model = nn.TransformerEncoderLayer(8, 2, 16).train(training)
+        with pytest.raises(SpikeLoraError, match="`linear1` is read by its model, not called"):
+            get_peft_model(model, SpikeLoraConfig(target_modules=["linear1"]))
+
+    def test_the_projection_that_mamba_reads(self):
+        config = MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, state_size=4, time_step_rank=2)
+        with pytest.raises(SpikeLoraError, match=r"`.*mixer\.dt_proj` is read by its model, not called"):
+            get_peft_model(MambaForCausalLM(config), SpikeLoraConfig(target_modules=["dt_proj"]))
+
+    def test_a_neuron_that_was_cast(self, opt):
+        model = spiking(opt)
+        gates(model)[3].v_threshold.data = gates(model)[3].v_threshold.data.bfloat16()
+        with pytest.raises(SpikeLoraError, match="have to stay float32"):
+            model(TOKENS)
+
     def test_targets_that_match_nothing(self, opt):
         with pytest.raises(SpikeLoraError, match="nowhere") as raised:
             spiking(opt, target_modules=["nowhere"])
@@ -301,7 +319,7 @@ class TestRefused:
 
     def test_a_plain_adapter_injected_into_spiking_layers(self, opt):
         model = inject_adapter_in_model(SpikeLoraConfig(target_modules="all-linear"), opt)
-        with pytest.warns(UserWarning, match="Already found"), pytest.raises(ValueError, match="variant"):
+        with pytest.warns(UserWarning, match="Already found"), pytest.raises(SpikeLoraError, match="a LoraConfig"):
             inject_adapter_in_model(LoraConfig(target_modules="all-linear"), model, "plain")
 
 
@@ -317,6 +335,11 @@ def test_what_is_printed_has_rank_threshold_and_tau(opt, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("trainable params: ")
     assert second == "spiking adapter 'default' on 12 modules || r: 4 || v_threshold: 0.25 to 0.5 || tau: 3"
+
+
+def test_the_repr_says_what_is_learned(opt):
+    model = spiking(opt, learn_tau=True)
+    assert "default: r=4, v_threshold=0.1, tau=2 (learned)" in repr(model.base_model.model.model.decoder.layers[0].fc1)
 
 
 def test_a_lora_model_prints_as_before(opt, capsys):

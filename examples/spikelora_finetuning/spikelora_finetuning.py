@@ -18,12 +18,14 @@ import resource
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import matplotlib
 import torch
 import yaml
@@ -115,14 +117,19 @@ def parse_options(arguments: list[str]) -> Options:
             parser.error(f"{arguments[0]} cannot be read: {error}")
         if not isinstance(values, dict):
             parser.error(f"{arguments[0]} must map flags to values")
-        arguments = [f"--{name}={value}" for name, value in values.items() if value is not None] + arguments[1:]
+        given = {name: value for name, value in values.items() if value not in (None, False)}
+        lists = {name: ",".join(map(str, value)) for name, value in given.items() if isinstance(value, list)}
+        arguments = [f"--{name}={value}" for name, value in (given | lists).items()] + arguments[1:]
     options = Options(**vars(parser.parse_args(arguments)))
     if options.learning_rate is None:
         options.learning_rate = 3e-4 if options.base_model else 1e-2
     positive = ("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "cutoff_len")
     for name in (*positive, "val_set_size", "eval_step", "save_step"):
-        if not getattr(options, name) > 0:
+        if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    for name in ("weight_decay", "seed"):
+        if not 0 <= getattr(options, name) < math.inf:
+            parser.error(f"--{name} must not be negative, got {getattr(options, name)}")
     for name in ("lora_dropout", "warmup_ratio"):
         if not 0 <= getattr(options, name) < 1:
             parser.error(f"--{name} must be a share, at least 0 and below 1, got {getattr(options, name)}")
@@ -158,6 +165,11 @@ def python_reference() -> Dataset:
     return Dataset.from_list([{"text": text} for text in passages])
 
 
+def is_local(name: str) -> bool:
+    """Whether a name can only be a path, and must not be looked up on the hub."""
+    return name.startswith((".", "/", "~"))
+
+
 def load_rows(options: Options) -> Dataset:
     if options.data_path is None:
         return python_reference()
@@ -165,9 +177,11 @@ def load_rows(options: Options) -> Dataset:
     try:
         if path.is_dir():
             rows = load_from_disk(path)
-        elif path.suffix in READERS:
+        elif path.suffix in READERS or is_local(options.data_path):
             if not path.is_file():
                 raise FileNotFoundError("no such file")
+            if not path.stat().st_size:
+                raise EOFError("the file is empty")
             rows = READERS[path.suffix](str(path))
         else:
             rows = load_dataset(options.data_path, split="train")
@@ -185,16 +199,17 @@ def load_rows(options: Options) -> Dataset:
 def tokenize(rows: Dataset, tokenizer, options: Options) -> Dataset:
     """Rows of `input_ids` and `labels`, at most `cutoff_len` tokens each."""
     columns = set(rows.column_names)
+    end = tokenizer.eos_token or ""
 
     def instruction(row: dict) -> list[tuple[list[int], list[int]]]:
         prompt = row["instruction"] + (f"\n{row['input']}" if row.get("input") else "") + "\n### Answer:\n"
         prompt_ids = tokenizer(prompt)["input_ids"]
-        answer_ids = tokenizer(row["output"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(row["output"] + end, add_special_tokens=False)["input_ids"]
         ids, labels = prompt_ids + answer_ids, [-100] * len(prompt_ids) + answer_ids
         return [(ids[: options.cutoff_len], labels[: options.cutoff_len])]
 
     def text(row: dict) -> list[tuple[list[int], list[int]]]:
-        ids = tokenizer(row[options.text_field] + tokenizer.eos_token, verbose=False)["input_ids"]
+        ids = tokenizer(row[options.text_field] + end, verbose=False)["input_ids"]
         windows = [ids[start : start + options.cutoff_len] for start in range(0, len(ids), options.cutoff_len)]
         return [(window, window) for window in windows]
 
@@ -220,7 +235,14 @@ def tokenize(rows: Dataset, tokenizer, options: Options) -> Dataset:
         made = [(ids, labels) for ids, labels in made if any(label != -100 for label in labels[1:])]
         return {"input_ids": [ids for ids, _ in made], "labels": [labels for _, labels in made]}
 
-    made = rows.map(batch_to_rows, batched=True, with_indices=True, remove_columns=rows.column_names, desc="tokenising")
+    made = rows.map(
+        batch_to_rows,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        keep_in_memory=True,
+        desc="tokenising",
+    )
     if not len(made):
         sys.exit("no row has a token to learn from: they are empty, or --cutoff_len ends before the answers")
     return made
@@ -240,19 +262,16 @@ def split(rows: Dataset, options: Options) -> tuple[Dataset, Dataset]:
 
 @contextmanager
 def counting_spikes(model: torch.nn.Module, batch: dict):
-    """Count, for each spiking module, the spikes and the entries of `a` at the tokens of `batch`, padding left out."""
-    counts: dict[str, list] = defaultdict(lambda: [0, 0])
+    """Count what each gate sees at the tokens of `batch` that are no padding: spikes, negative entries, all entries."""
+    gates = {name.split(".lora_gate.")[0]: m for name, m in model.named_modules() if isinstance(m, SpikeGate)}
+    counts: dict[str, list] = {name: [0, 0, 0] for name in gates}
 
     def count(name: str, gate: SpikeGate, inputs: tuple) -> None:
         a = inputs[0].flatten(0, -2)[batch["attention_mask"].flatten().bool().to(inputs[0].device)]
-        counts[name][0] += gate.spikes(a).sum()
-        counts[name][1] += a.numel()
+        for index, seen in enumerate((gate.spikes(a).sum(), (a < 0).sum(), a.numel())):
+            counts[name][index] += seen
 
-    handles = [
-        module.register_forward_pre_hook(partial(count, name.split(".lora_gate.")[0]))
-        for name, module in model.named_modules()
-        if isinstance(module, SpikeGate)
-    ]
+    handles = [gate.register_forward_pre_hook(partial(count, name)) for name, gate in gates.items()]
     try:
         yield counts
     finally:
@@ -274,14 +293,19 @@ def measure(model: PeftModel, rows: Dataset, collator, options: Options, title: 
             tokens += (labels != -100).sum().item()
     figures = {"loss": loss / tokens, "perplexity": math.exp(loss / tokens), "tokens": tokens}
     if counts:
+        never_called = [name for name, (_, _, entries) in counts.items() if not entries]
+        if never_called:
+            sys.exit(f"the model never calls {never_called}, so no adapter can work there; name other targets")
 
-        def sparsity(names: list[str]) -> float:
-            return 1 - sum(int(counts[name][0]) for name in names) / sum(counts[name][1] for name in names)
+        def sparsity(names: Iterable[str]) -> float:
+            return 1 - sum(int(counts[name][0]) for name in names) / sum(counts[name][2] for name in names)
 
         kinds = defaultdict(list)
         for name in counts:
             kinds[name.rpartition(".")[2]].append(name)
-        figures["sparsity"] = sparsity(list(counts))
+        figures["sparsity"] = sparsity(counts)
+        negative, entries = (sum(int(seen[index]) for seen in counts.values()) for index in (1, 2))
+        figures["zero_threshold_sparsity"] = negative / entries
         figures["sparsity_by_kind"] = {kind: sparsity(names) for kind, names in kinds.items()}
         figures["sparsity_by_module"] = {name: sparsity([name]) for name in counts}
     return figures
@@ -333,13 +357,13 @@ class NeuronTrainer(Trainer):
 
 def adapter_config(options: Options, spiking: bool) -> LoraConfig:
     targets = options.lora_target_modules
-    names = re.fullmatch(r"\w+(,\w+)*", targets) and targets != "all-linear"
+    names = re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", targets)
     shared = {
         "r": options.lora_r,
         "lora_alpha": options.lora_alpha,
         "lora_dropout": options.lora_dropout,
         "use_rslora": options.use_rslora,
-        "target_modules": targets.split(",") if names else targets,
+        "target_modules": re.split(r"\s*,\s*", targets) if names else targets,
         "task_type": "CAUSAL_LM",
     }
     if not spiking:
@@ -365,8 +389,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def prepare_folder(folder: Path, resume: str | None) -> Path | None:
-    """Make the output folder; return the checkpoint to go on from."""
+def prepare_folder(folder: Path, options: Options) -> Path | None:
+    """Make the output folder; return the checkpoint to go on from, which has to be of a run with the same adapter."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -374,20 +398,27 @@ def prepare_folder(folder: Path, resume: str | None) -> Path | None:
     except OSError as error:
         sys.exit(f"--output_dir {folder} cannot be written: {error}")
     found = last_checkpoint(folder)
-    if resume is None:
+    if options.resume_from_checkpoint is None:
         if found and not (folder / "metrics.json").exists():
             sys.exit(
                 f"{folder} holds checkpoints of a run that did not end: go on with --resume_from_checkpoint, or choose "
                 "another --output_dir"
             )
         return None
-    if resume.lower() not in ("last", "true"):
-        found = Path(resume)
-        SpikeLoraConfig.from_pretrained(found)  # refuses what is no whole SpikeLoRA adapter
+    if options.resume_from_checkpoint.lower() not in ("last", "true"):
+        found = Path(options.resume_from_checkpoint)
         if not (found / "trainer_state.json").exists():
             sys.exit(f"--resume_from_checkpoint {found} is no checkpoint of a run: it has no trainer_state.json")
-    elif found is None:
+    if found is None:
         print(f"{folder} has no checkpoint yet: starting from the beginning")
+        return None
+    begun, now = SpikeLoraConfig.from_pretrained(found), adapter_config(options, spiking=True)
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "v_threshold", "tau", "learn_threshold", "learn_tau"):
+        if getattr(begun, name) != getattr(now, name):
+            sys.exit(
+                f"{found} was trained with {name} {getattr(begun, name)}, not {getattr(now, name)}: go on with the "
+                "same flags, or begin anew in another --output_dir"
+            )
     return found
 
 
@@ -424,18 +455,19 @@ def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Opti
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=options.report_to,
-        push_to_hub=options.push_to_hub,
-        hub_model_id=options.hub_model_id,
         seed=options.seed,
     )
-    return NeuronTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        eval_dataset=val_rows,
-        data_collator=collator,
-        processing_class=collator.tokenizer,
-    )
+    try:
+        return NeuronTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=val_rows,
+            data_collator=collator,
+            processing_class=collator.tokenizer,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        sys.exit(f"the Trainer refuses --report_to {options.report_to}, or another flag: {error}")
 
 
 def peak_memory() -> float:
@@ -446,7 +478,7 @@ def peak_memory() -> float:
 
 
 def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder: Path, checkpoint: Path | None):
-    """Train one adapter; return the model, the trainer and the figures before and after."""
+    """Train one adapter; return the model and the figures before and after."""
     set_seed(options.seed)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -459,47 +491,55 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
         warn_of_silence(before, "at the start")
     # Now, as the Trainer may remove the checkpoint when it writes newer ones.
     resumed = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; go on with --output_dir {options.output_dir} --resume_from_checkpoint")
-    state = trainer.state
-    seconds = next(entry["train_runtime"] for entry in reversed(state.log_history) if "train_runtime" in entry)
+    if checkpoint and resumed["global_step"] >= resumed["max_steps"]:  # it had come to its end
+        model.load_adapter(checkpoint, "default", is_trainable=True)
+        trained = {"steps": resumed["global_step"]}
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            sys.exit(f"\ninterrupted; go on with --output_dir {options.output_dir} --resume_from_checkpoint")
+        seconds = next(e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e)
+        tokens = trainer.state.num_input_tokens_seen - resumed.get("num_input_tokens_seen", 0)
+        trained = {
+            "steps": trainer.state.global_step,
+            "training_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_mb": peak_memory(),
+        }
     after = measure(model, val_rows, collator, options, "held-out text, after")
-    after |= {
-        "trainable_parameters": model.get_nb_trainable_parameters()[0],
-        "steps": state.global_step,
-        "training_seconds": seconds,
-        "tokens_per_second": (state.num_input_tokens_seen - resumed.get("num_input_tokens_seen", 0)) / seconds,
-        "peak_memory_mb": peak_memory(),
-    }
-    return model, trainer, before, after
+    if not math.isfinite(after["loss"]):
+        sys.exit("the held-out loss is no number any more: training diverged. Lower --learning_rate")
+    return model, before, after | trained | {"trainable_parameters": model.get_nb_trainable_parameters()[0]}
 
 
-def save(model: PeftModel, tokenizer, options: Options, folder: Path) -> None:
-    """Save beside, then move in place, the adapter's configuration last: what was cut short does not load."""
+def save(model: PeftModel, tokenizer, row: dict, options: Options, folder: Path) -> str:
+    """Save beside, load back, then move in place with the configuration last: nothing half-written can be loaded."""
     partial_folder = folder / ".partial"
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir()
     if (folder / "README.md").exists():  # PEFT adds to a card that is there
         shutil.copy(folder / "README.md", partial_folder)
     model.save_pretrained(partial_folder)
+    generation = check_reload(model, tokenizer, row, options, partial_folder)
     for name in ADAPTER_FILES:
         os.replace(partial_folder / name, folder / name)
     shutil.rmtree(partial_folder)
     tokenizer.save_pretrained(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(options), sort_keys=False))
+    return generation
 
 
 @torch.no_grad()
-def check_reload(model: PeftModel, tokenizer, val_rows, options: Options, folder: Path) -> str:
+def check_reload(model: PeftModel, tokenizer, row: dict, options: Options, folder: Path) -> str:
     """Load the saved adapter onto a fresh base; its logits must be the same to the bit. Return a short generation."""
     fresh = PeftModel.from_pretrained(load_base(options), folder).eval()
-    ids = torch.tensor([val_rows[0]["input_ids"]], device=model.device)
+    ids = torch.tensor([row["input_ids"]], device=model.device)
     trained, loaded = model.eval()(input_ids=ids).logits, fresh(input_ids=ids).logits
     if not torch.equal(trained, loaded):
         sys.exit(f"the adapter in {folder} gives other logits, by up to {(trained - loaded).abs().max():.3g}")
-    prompt = ids[:, :32]
+    begin = next(position for position, label in enumerate(row["labels"]) if label != -100)
+    prompt = ids[:, : begin or 32]  # an instruction, or the first words of a text
     made = fresh.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -530,6 +570,7 @@ def show(metrics: dict) -> None:
     row("training tokens / s", "tokens_per_second", ",.0f")
     row("peak memory, MB", "peak_memory_mb", ",.0f")
     row("sparsity", "sparsity", ".1%", before=True)
+    row("  at threshold 0: rectification", "zero_threshold_sparsity", ".1%", before=True)
     for kind, sparsity in after[0]["sparsity_by_kind"].items():
         table.add_row(f"  {kind}", f"{metrics['before']['sparsity_by_kind'][kind]:.1%}", f"{sparsity:.1%}")
     console.print(table)
@@ -539,10 +580,15 @@ def main() -> None:
     options = parse_options(sys.argv[1:])
     folder = Path(options.output_dir)
     adapter_config(options, spiking=True)
-    checkpoint = prepare_folder(folder, options.resume_from_checkpoint)
+    checkpoint = prepare_folder(folder, options)
     source = options.base_model or str(EMBEDDED_MODEL)
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+    if is_local(source) and not Path(source).is_dir():
         sys.exit(f"--base_model {source}: no such folder")
+    if options.push_to_hub:  # before the training, as it may fail
+        try:
+            repository = huggingface_hub.create_repo(options.hub_model_id or folder.name, exist_ok=True).repo_id
+        except (OSError, ValueError) as error:  # no network, no token, no such name
+            sys.exit(f"--push_to_hub: {error}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", math.inf)
@@ -557,16 +603,15 @@ def main() -> None:
 
     if not checkpoint:
         clear_results(folder)
-    model, trainer, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
-    save(model, tokenizer, options, folder)
+    model, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
+    generation = save(model, tokenizer, val_rows[0], options, folder)
     plot_sparsity(after["sparsity_by_module"], folder / "sparsity.png")
-    generation = check_reload(model, tokenizer, val_rows, options, folder)
     metrics = {"before": before, "spikelora": after, "reloaded_logits_identical": True}
     if options.compare_lora:
         lora_folder = folder / "lora"
-        lora = run(options, tokenizer, train_rows, val_rows, False, lora_folder, last_checkpoint(lora_folder))[3]
+        lora = run(options, tokenizer, train_rows, val_rows, False, lora_folder, last_checkpoint(lora_folder))[2]
         if not torch.cuda.is_available():
-            del lora["peak_memory_mb"]  # of the process, whose peak the first run may have set
+            lora.pop("peak_memory_mb", None)  # of the process, whose peak the first run may have set
         metrics["lora"] = lora
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
@@ -575,7 +620,8 @@ def main() -> None:
     print(f"Loaded afresh, the adapter gives the same logits to the bit. It goes on from held-out text:\n{generation}")
     print(f"\nEverything is in {folder}")
     if options.push_to_hub:
-        trainer.push_to_hub()
+        kept = ["checkpoint-*/*", "lora/*"]
+        print(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=kept))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftType
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME
 
+from spikelora.adapter_files import check_folder, say_how_to_load
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
@@ -34,21 +33,6 @@ _REFUSED = {
     'or train the base\'s biases with `bias="lora_only"`',
 }
 _INITIALISATIONS = (True, False, "gaussian", "eva")
-
-_CARD_HEADING = "## SpikeLoRA"
-_CARD_TEXT = f"""{_CARD_HEADING}
-
-This adapter is spiking (`peft_type: SPIKELORA`): its low-rank activations pass through the gate of a leaky
-integrate-and-fire neuron. Install `spikelora` and import it before loading; without the import, loading ends in
-`KeyError: 'SPIKELORA'`.
-
-```python
-import spikelora  # registers the method with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
-```
-"""
 
 
 @dataclass
@@ -94,7 +78,7 @@ class SpikeLoraConfig(LoraConfig):
     def check(self) -> None:
         """Raise a `SpikeLoraError` for a value out of range or an option that contradicts the gate."""
         self._check_neuron()
-        self._check_ranks()
+        self._check_low_rank()
         self._check_refused()
 
     def _check_neuron(self) -> None:
@@ -113,11 +97,23 @@ class SpikeLoraConfig(LoraConfig):
             for key, value in _patterns("threshold_pattern", self.threshold_pattern).items()
         }
 
-    def _check_ranks(self) -> None:
+    def _check_low_rank(self) -> None:
         patterns = _patterns("rank_pattern", self.rank_pattern)
         for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SpikeLoraError(f"`{name}` must be a positive whole number, got {rank!r}; 8 is a usual rank.")
+        alphas = _patterns("alpha_pattern", self.alpha_pattern)
+        for name, alpha in {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{k!r}]": a for k, a in alphas.items()},
+        }.items():
+            if _finite(name, alpha) <= 0:
+                raise SpikeLoraError(f"`{name}` must be greater than 0, got {alpha}.")
+        if not 0 <= _finite("lora_dropout", self.lora_dropout) < 1:
+            raise SpikeLoraError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                _check_regex(name, getattr(self, name))
 
     def _check_refused(self) -> None:
         for name, reason in _REFUSED.items():
@@ -130,8 +126,8 @@ class SpikeLoraConfig(LoraConfig):
                 "B = 0, for an adapter that is linear. Use `init_lora_weights=True`."
             )
 
-    def to_lora_config(self) -> LoraConfig:
-        """The same adapter without its neuron: a `LoraConfig` with the shared fields of this one."""
+    def without_neuron(self) -> LoraConfig:
+        """The same adapter as plain LoRA: a `LoraConfig` with the shared fields of this one."""
         config = LoraConfig.__new__(LoraConfig)
         config.__dict__.update({k: v for k, v in vars(self).items() if k not in SpikeLoraConfig.__annotations__})
         config.peft_type = PeftType.LORA
@@ -140,14 +136,7 @@ class SpikeLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save the configuration as PEFT does and, where it lies beside an adapter, say in its card how to load it."""
         super().save_pretrained(save_directory, **kwargs)
-        card_file = Path(save_directory) / "README.md"
-        if not card_file.exists():
-            return
-        card = ModelCard.load(card_file)
-        card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "spikelora"})
-        if _CARD_HEADING not in card.text:
-            card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
-        card.save(card_file)
+        say_how_to_load(Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -159,6 +148,8 @@ class SpikeLoraConfig(LoraConfig):
             SpikeLoraError: where the adapter in a local folder is of another method, damaged or incomplete.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir() and not (folder / CONFIG_NAME).exists():
+            raise SpikeLoraError(f"{folder} has no {CONFIG_NAME}; it is no adapter, or a part of it is missing.")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
@@ -171,7 +162,8 @@ class SpikeLoraConfig(LoraConfig):
                 f"{folder} holds a {found} adapter, not a SPIKELORA one; load it with PEFT's own classes."
             )
         if folder.is_dir():
-            _check_weights_file(folder, config)
+            # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
+            check_folder(folder, weights_needed=config.inference_mode)
         return config
 
 
@@ -189,24 +181,12 @@ def _patterns(name: str, patterns: Any) -> dict[str, Any]:
     if not isinstance(patterns, dict):
         raise SpikeLoraError(f"`{name}` must map module names to values, got {patterns!r}.")
     for key in patterns:
-        try:
-            re.compile(key)
-        except (TypeError, re.error) as error:
-            raise SpikeLoraError(f"`{name}` has the key {key!r}, which is no regular expression: {error}.") from error
+        _check_regex(name, key)
     return patterns
 
 
-def _check_weights_file(folder: Path, config: SpikeLoraConfig) -> None:
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if weights.exists():
-        try:
-            with safe_open(weights, "pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise SpikeLoraError(f"{weights} is damaged ({error}); copy or save the adapter again.") from error
-    elif config.inference_mode and not (folder / WEIGHTS_NAME).exists():
-        # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
-        raise SpikeLoraError(
-            f"{folder} holds the configuration of a saved adapter but neither {SAFETENSORS_WEIGHTS_NAME} nor "
-            f"{WEIGHTS_NAME}; copy the whole folder."
-        )
+def _check_regex(name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (TypeError, re.error) as error:
+        raise SpikeLoraError(f"`{name}` has {pattern!r}, which is no regular expression: {error}.") from error

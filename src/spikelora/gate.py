@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from spikelora.errors import SpikeLoraError
 from spikelora.neuron import charge, spike_gate
 
 # The smallest float32 above 1: the floor of a learned tau alters no tau that a configuration accepts.
@@ -27,23 +28,22 @@ class SpikeGate(nn.Module):
         self.learn_tau = learn_tau
 
     def forward(self, a: Tensor) -> Tensor:
-        return spike_gate(a, self.v_threshold, self._tau(), self.surrogate_alpha)
+        return spike_gate(a, *self._neuron(), self.surrogate_alpha)
 
     def spikes(self, a: Tensor) -> Tensor:
         """Where the neuron spikes, boolean and shaped like `a (..., r)`."""
-        return charge(a, self._tau()) >= self.v_threshold
+        v_threshold, tau = self._neuron()
+        return charge(a, tau) >= v_threshold
 
     def freeze_fixed(self) -> None:
         """Take the gradient from what is not learned; PEFT makes every tensor of an active adapter trainable."""
         for tensor, learned in ((self.v_threshold, self.learn_threshold), (self.tau, self.learn_tau)):
             tensor.requires_grad_(tensor.requires_grad and learned)
 
-    def extra_repr(self) -> str:
-        names = ("surrogate_alpha", "learn_threshold", "learn_tau")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-    def _tau(self) -> Tensor:
-        return _AboveOne.apply(self.tau) if self.learn_tau else self.tau
+    def _neuron(self) -> tuple[Tensor, Tensor]:
+        if not self.v_threshold.dtype == self.tau.dtype == torch.float32:
+            raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
+        return self.v_threshold, _AboveOne.apply(self.tau) if self.learn_tau else self.tau
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:

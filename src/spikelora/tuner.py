@@ -9,21 +9,20 @@ import re
 import warnings
 from typing import Any, NoReturn
 
-import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
-from spikelora.gate import MIN_TAU, SpikeGate
+from spikelora.gate import SpikeGate
 
 
 def _refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
@@ -68,9 +67,13 @@ class Linear(LoraLinear):
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_gate")
 
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], type[LoraVariant]]:
-        return {("tau",): SpikeLinearVariant}
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
+        if not isinstance(config, SpikeLoraConfig):
+            raise SpikeLoraError(
+                f"A spiking layer takes a SpikeLoraConfig, got a {type(config).__name__}; adapters of other methods go "
+                "on a model of their own."
+            )
+        return SpikeLinearVariant()
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
         super()._freeze_non_trainable_peft_weights(adapter_names)
@@ -89,13 +92,28 @@ class Linear(LoraLinear):
         return {"r": self.r[adapter_name], **values}
 
     def extra_repr(self) -> str:
-        return "\n".join(
-            f"{name}: " + ", ".join(f"{symbol}={value:g}" for symbol, value in self.neuron(name).items())
-            for name in self.lora_gate
-        )
+        lines = []
+        for name, gate in self.lora_gate.items():
+            learned = {"v_threshold": gate.learn_threshold, "tau": gate.learn_tau}
+            values = (
+                f"{symbol}={value:g}" + (" (learned)" if learned.get(symbol) else "")
+                for symbol, value in self.neuron(name).items()
+            )
+            lines.append(f"{name}: {', '.join(values)}")
+        return "\n".join(lines)
 
 
 _SPIKING_LAYERS: dict[type[LoraLayer], type[Linear]] = {LoraLinear: Linear}
+
+# Modules whose weight transformers hands to a function of its own, by model type; PEFT knows only some of them.
+_READ_NOT_CALLED = (
+    (
+        {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h", "zamba2"},
+        r"(^|\.)(conv1d|dt_proj|out_proj)$",
+    ),
+    ({"mobilebert"}, r"predictions\.dense$"),
+    ({"wavlm"}, r"\.attention\.\w+_proj$"),
+)
 
 
 class SpikeLoraModel(LoraModel):
@@ -112,10 +130,12 @@ class SpikeLoraModel(LoraModel):
     def _create_new_module(
         lora_config: SpikeLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        plain_config = lora_config.to_lora_config()
+        plain_config = lora_config.without_neuron()
         try:
             layer = LoraModel._create_new_module(plain_config, adapter_name, target, **kwargs)
         except ValueError as error:
+            if "is not supported" not in str(error):
+                raise
             raise _unsupported(kwargs["target_name"], target) from error
         # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
         if type(layer) not in _SPIKING_LAYERS or isinstance(target, NonDynamicallyQuantizableLinear):
@@ -142,11 +162,8 @@ class SpikeLoraModel(LoraModel):
         except NoMatchingPeftModuleError as error:
             raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
         patterns = self.peft_config[adapter_name].threshold_pattern
-        unmatched = [
-            key
-            for key in patterns
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in self.targeted_module_names)
-        ]
+        matched = {get_pattern_key([key], name) for key in patterns for name in self.targeted_module_names}
+        unmatched = sorted(patterns.keys() - matched)
         if unmatched:
             warnings.warn(
                 f"The following threshold_pattern keys did not match any targeted module: {unmatched}.",
@@ -154,11 +171,26 @@ class SpikeLoraModel(LoraModel):
                 stacklevel=2,
             )
 
-    def _check_target_module_compatiblity(
-        self, peft_config: SpikeLoraConfig, model: nn.Module, target_name: str
+    def _create_and_replace(
+        self,
+        lora_config: SpikeLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
     ) -> None:
-        # PEFT's guard for Mamba goes by the method's name.
-        _check_lora_target_modules_mamba(peft_config.to_lora_config(), model, target_name)
+        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        bypassed = (pattern for types, pattern in _READ_NOT_CALLED if model_type in types)
+        if isinstance(parent, nn.TransformerEncoderLayer) or any(re.search(p, current_key) for p in bypassed):
+            raise SpikeLoraError(
+                f"Target module `{current_key}` is read by its model, not called: the gate would never run. Leave it "
+                "out through `target_modules` or `exclude_modules`."
+            )
+        super()._create_and_replace(
+            lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -178,8 +210,9 @@ class SpikeLoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SpikeLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        check_tensors(state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_adapter_tensors(model, adapter_name, state_dict)
+        _check_fit(model, adapter_name, state_dict)
         # With low_cpu_mem_usage the file's tensors take the place of the gate's, dtype and all.
         return {key: value.float() if ".lora_gate." in key else value for key, value in state_dict.items()}
 
@@ -193,28 +226,22 @@ class SpikeLoraModel(LoraModel):
 def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:
     return SpikeLoraError(
         f"Target module `{name}` is a {type(target).__name__}, on which SpikeLoRA is not supported: it could run "
-        "without its gate. Supported are plain `torch.nn.Linear` and `transformers.pytorch_utils.Conv1D`; leave the "
-        "module out through `target_modules` or `exclude_modules`."
+        "without its gate. Supported are `torch.nn.Linear`, neither quantised nor parallel, and "
+        "`transformers.pytorch_utils.Conv1D`; leave the module out through `target_modules` or `exclude_modules`."
     )
 
 
-def _check_adapter_tensors(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse tensors that would load as something else than the adapter that was trained."""
+def _check_fit(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse a file that is not for this model: every tensor of the adapter has to be there, in its shape."""
     for key, expected in model.state_dict().items():
-        layer_name, _, parameter = key.partition(f".lora_gate.{adapter_name}.")
-        if parameter and f"{layer_name}.lora_A.{adapter_name}.weight" in state_dict:
-            if key not in state_dict:
-                raise SpikeLoraError(
-                    f"The adapter's file has no `{parameter}` for `{layer_name}`: it was not saved by SpikeLoRA, or is "
-                    "damaged. Load the adapter that training saved."
-                )
-            value = state_dict[key].float()
-            if not torch.isfinite(value).all() or (parameter == "tau" and not (value >= MIN_TAU).all()):
-                raise SpikeLoraError(
-                    f"`{parameter}` of `{layer_name}` in the adapter's file is out of range: {value.tolist()}; "
-                    "thresholds are finite and tau is above 1. Load the adapter that training saved."
-                )
-        if ".lora_" in key and key in state_dict and state_dict[key].shape != expected.shape:
+        if ".lora_" not in key or f".{adapter_name}." not in key:
+            continue
+        if key not in state_dict:
+            raise SpikeLoraError(
+                f"The adapter's file has nothing for `{key}`: it was trained on another base model, or with other "
+                "`target_modules` than its adapter_config.json has now."
+            )
+        if state_dict[key].shape != expected.shape:
             raise SpikeLoraError(
                 f"`{key}` has the shape {tuple(state_dict[key].shape)} in the adapter's file and "
                 f"{tuple(expected.shape)} in the model: the adapter was trained on another base model, or `r` or "
