@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import (
     ArrowConfig,
     BdLoraConfig,
@@ -72,12 +72,24 @@ def test_the_exception_is_a_value_error():
         *(("threshold_pattern", {"x": value}) for value in NOT_FINITE),
         *(("threshold_pattern", value) for value in [0.1, "x", ["x"]]),
         *((field, value) for field in ("learn_threshold", "learn_tau") for value in ["yes", 1, None]),
+        *(("lora_alpha", value) for value in [*NOT_FINITE, 0, -1]),
+        *(("lora_dropout", value) for value in [*NOT_FINITE, 1, -0.1]),
+        *((field, {"x": "y"}) for field in ("rank_pattern", "alpha_pattern", "threshold_pattern")),
+        *((field, {key: 1}) for field in ("rank_pattern", "alpha_pattern", "threshold_pattern") for key in ["(", 1]),
+        *((field, "(") for field in ("target_modules", "exclude_modules")),
     ],
     ids=str,
 )
 def test_value_out_of_range(field, value):
     with pytest.raises(SpikeLoraError, match=f"^`{field}[`[]"):
         SpikeLoraConfig(**{field: value})
+
+
+def test_a_changed_configuration_is_checked_again(opt):
+    config = SpikeLoraConfig(target_modules="all-linear")
+    config.init_lora_weights = "pissa"
+    with pytest.raises(SpikeLoraError, match="pissa"):
+        get_peft_model(opt, config)
 
 
 @pytest.mark.parametrize(

@@ -591,7 +591,7 @@ def main() -> None:
             sys.exit(f"--push_to_hub: {error}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", math.inf)
+        positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None) or math.inf
     except (OSError, ValueError) as error:
         sys.exit(f"--base_model {source} cannot be read: {error}")
     if options.cutoff_len > positions:

@@ -98,15 +98,10 @@ class SpikeLoraConfig(LoraConfig):
         }
 
     def _check_low_rank(self) -> None:
-        patterns = _patterns("rank_pattern", self.rank_pattern)
-        for name, rank in {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in patterns.items()}}.items():
+        for name, rank in self._everywhere("r", "rank_pattern"):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SpikeLoraError(f"`{name}` must be a positive whole number, got {rank!r}; 8 is a usual rank.")
-        alphas = _patterns("alpha_pattern", self.alpha_pattern)
-        for name, alpha in {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{k!r}]": a for k, a in alphas.items()},
-        }.items():
+        for name, alpha in self._everywhere("lora_alpha", "alpha_pattern"):
             if _finite(name, alpha) <= 0:
                 raise SpikeLoraError(f"`{name}` must be greater than 0, got {alpha}.")
         if not 0 <= _finite("lora_dropout", self.lora_dropout) < 1:
@@ -114,6 +109,11 @@ class SpikeLoraConfig(LoraConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_regex(name, getattr(self, name))
+
+    def _everywhere(self, name: str, pattern_name: str) -> list[tuple[str, Any]]:
+        """The value of a field and those of its pattern, each with a name for messages."""
+        patterns = _patterns(pattern_name, getattr(self, pattern_name))
+        return [(name, getattr(self, name)), *((f"{pattern_name}[{key!r}]", value) for key, value in patterns.items())]
 
     def _check_refused(self) -> None:
         for name, reason in _REFUSED.items():
