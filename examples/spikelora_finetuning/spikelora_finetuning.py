@@ -570,9 +570,9 @@ def show(metrics: dict) -> None:
     row("training tokens / s", "tokens_per_second", ",.0f")
     row("peak memory, MB", "peak_memory_mb", ",.0f")
     row("sparsity", "sparsity", ".1%", before=True)
-    row("  at threshold 0: rectification", "zero_threshold_sparsity", ".1%", before=True)
     for kind, sparsity in after[0]["sparsity_by_kind"].items():
         table.add_row(f"  {kind}", f"{metrics['before']['sparsity_by_kind'][kind]:.1%}", f"{sparsity:.1%}")
+    row("sparsity at threshold 0", "zero_threshold_sparsity", ".1%", before=True)
     console.print(table)
 
 
