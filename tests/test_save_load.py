@@ -188,6 +188,21 @@ class TestDamage:
         with pytest.raises(SpikeLoraError, match=r"nothing for `.*layers\.1\.fc2"):
             PeftModel.from_pretrained(tiny_opt(), saved[0], **options)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda tensors, key: tensors.pop(key),
+            lambda tensors, key: tensors[key].fill_(float("nan")),
+            lambda tensors, key: tensors.clear(),
+        ],
+    )
+    def test_transformers_own_loader(self, saved, change):
+        self.edit(saved[0], lambda tensors: change(tensors, self.key("lora_gate.v_threshold")))
+        model = tiny_opt()
+        with pytest.raises(SpikeLoraError, match=r"v_threshold|no `lora_A`"):
+            model.load_adapter(str(saved[0]))
+        assert torch.equal(model(TOKENS).logits, tiny_opt()(TOKENS).logits)
+
     def test_hotswap_of_a_file_without_neurons(self, saved):
         model = PeftModel.from_pretrained(tiny_opt(), saved[0])
         self.edit(saved[0], lambda tensors: tensors.pop(self.key("lora_gate.v_threshold")))

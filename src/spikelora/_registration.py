@@ -4,7 +4,7 @@ import functools
 from collections import defaultdict
 
 import peft
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
 
@@ -32,6 +32,7 @@ def register() -> None:
     hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
     peft.SpikeLoraConfig = SpikeLoraConfig
     peft.SpikeLoraModel = SpikeLoraModel
+    PeftConfig.from_pretrained = classmethod(_from_pretrained)
     current = PeftModel.print_trainable_parameters
     PeftModel.print_trainable_parameters = _with_neurons(getattr(current, "__wrapped__", current))
 
@@ -48,6 +49,14 @@ def _add_member() -> None:
     PeftType._value2member_map_[_NAME] = member
     if hasattr(PeftType, "_hashable_values_"):  # since a patch release of Python 3.12
         PeftType._hashable_values_.append(_NAME)
+
+
+def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+    """PEFT's own, which transformers calls on `PeftConfig`; a spiking adapter's folder is checked there as well."""
+    config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+    if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
+        config.check_folder(pretrained_model_name_or_path, subfolder)
+    return config
 
 
 def _with_neurons(print_trainable_parameters):

@@ -161,10 +161,15 @@ class SpikeLoraConfig(LoraConfig):
             raise SpikeLoraError(
                 f"{folder} holds a {found} adapter, not a SPIKELORA one; load it with PEFT's own classes."
             )
+        config.check_folder(pretrained_model_name_or_path, subfolder)
+        return config
+
+    def check_folder(self, name_or_path: str | os.PathLike, subfolder: str | None = None) -> None:
+        """Raise a `SpikeLoraError` where the weights beside this configuration, in a local folder, are not whole."""
+        folder = Path(name_or_path, subfolder or "")
         if folder.is_dir():
             # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
-            check_folder(folder, weights_needed=config.inference_mode)
-        return config
+            check_folder(folder, weights_needed=self.inference_mode)
 
 
 def _finite(name: str, value: Any) -> float:
