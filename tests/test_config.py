@@ -283,3 +283,43 @@ def test_without_neuron():
     assert plain == expected
     assert vars(plain) == vars(expected)
     assert plain.peft_type == "LORA"
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    torch.save(WHOLE | {"x": Touch(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
+    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is damaged"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 0.5], ids=["empty", "cut short"])
+def test_load_beside_a_damaged_pickle(tmp_path, keep):
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.bin"
+    torch.save(WHOLE, file)
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(SpikeLoraError, match=f"^{file} is damaged"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_load_beside_weights_that_cannot_be_read(tmp_path, name):
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(SpikeLoraError, match=f"^{tmp_path / name} is damaged"):
+        SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+def test_model_card_without_tags(tmp_path):
+    (tmp_path / "README.md").write_text("# My adapter\n")
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    assert "tags:\n- lora\n- spikelora\n" in (tmp_path / "README.md").read_text()

@@ -14,7 +14,9 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from spikelora.gate import SpikeGate
 
 FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
 SCRIPT = FOLDER / "spikelora_finetuning.py"
@@ -336,3 +338,116 @@ def test_a_real_text(tmp_path):
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 0.3
+
+
+@pytest.fixture
+def model(script):
+    options = script["parse_options"](["--v_threshold=-1e9"])
+    return script["get_peft_model"](script["load_base"](options), script["adapter_config"](options, spiking=True))
+
+
+@pytest.fixture
+def collator(script):
+    return DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(script["EMBEDDED_MODEL"]), label_pad_token_id=-100)
+
+
+ROW = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+
+
+def test_only_what_a_finished_run_left_is_cleared(script, tmp_path):
+    left = [*script["ADAPTER_FILES"], "sparsity.png", "checkpoint-8/model", "lora/checkpoint-8/model"]
+    for name in (*left, "notes.txt", "lora/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    script["clear_results"](tmp_path)
+    assert all((tmp_path / name).exists() for name in left)
+    (tmp_path / "metrics.json").touch()
+    script["clear_results"](tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"notes.txt", "lora", "lora/notes.txt"}
+
+
+def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path):
+    class Saved:
+        def save_pretrained(self, folder):
+            for name in script["ADAPTER_FILES"]:
+                (folder / name).touch()
+
+    moved = []
+    monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: "")
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target.name))
+    script["save"](Saved(), Saved(), {}, script["parse_options"]([]), tmp_path)
+    assert set(moved) == {"adapter_model.safetensors", "README.md", "adapter_config.json"}
+    assert moved[-1] == "adapter_config.json"
+
+
+def test_a_saved_adapter_that_gives_other_logits_ends_the_run(script, model, collator, tmp_path):
+    options = script["parse_options"]([])
+    model.save_pretrained(tmp_path)
+    next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(1.0)
+    with pytest.raises(SystemExit, match="gives other logits"):
+        script["check_reload"](model, collator.tokenizer, ROW, options, tmp_path)
+
+
+def test_a_gate_that_is_never_called_ends_the_run(script, model, collator):
+    model.unused = SpikeGate(0.1, 2.0, 2.0, False, False)
+    with pytest.raises(SystemExit, match=r"never calls \['unused'\]"):
+        script["measure"](model, Dataset.from_list([ROW]), collator, script["parse_options"]([]), "")
+
+
+def test_spikes_and_negative_entries_are_counted_without_padding(script):
+    gate = SpikeGate(0.1, 2.0, 2.0, False, False)
+    layers = torch.nn.ModuleDict({"fc1": torch.nn.ModuleDict({"lora_gate": torch.nn.ModuleDict({"default": gate})})})
+    with script["counting_spikes"](layers, {"attention_mask": torch.tensor([[1, 0]])}) as counts:
+        gate(torch.tensor([[[0.5, -1.0, -2.0], [0.5, 0.5, -1.0]]]))
+    assert {name: [int(seen) for seen in counted] for name, counted in counts.items()} == {"fc1": [1, 2, 3]}
+
+
+def test_the_seed_is_that_of_everything(script, model, collator, monkeypatch, tmp_path):
+    options, other = script["parse_options"](["--seed=7"]), script["parse_options"](["--seed=8"])
+    rows = Dataset.from_list([{"text": str(n)} for n in range(100)])
+    assert script["split"](rows, options)[1]["text"][:] != script["split"](rows, other)[1]["text"][:]
+    assert script["make_trainer"](model, None, Dataset.from_list([ROW]), collator, options, tmp_path).args.seed == 7
+    monkeypatch.setitem(script["run"].__globals__, "load_base", lambda options: sys.exit("before the model"))
+    with pytest.raises(SystemExit, match="before the model"):
+        script["run"](options, None, None, None, True, tmp_path, None)
+    assert torch.initial_seed() == 7
+
+
+def test_silent_modules_are_named(script, capsys):
+    script["warn_of_silence"]({"sparsity_by_module": {"layers.0.fc1": 1, "layers.0.fc2": 0.5}}, "now")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of 2 modules never fire now" in said
+    assert "layers.0.fc1" in said
+    assert "fc2" not in said
+
+
+def test_the_last_checkpoint_is_the_last_complete_one(script, tmp_path):
+    for step in (8, 16, 24):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (8, 16):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert script["last_checkpoint"](tmp_path).name == "checkpoint-16"
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--lora_r=4", "r"),
+        ("--lora_alpha=4", "lora_alpha"),
+        ("--lora_dropout=0.5", "lora_dropout"),
+        ("--use_rslora", "use_rslora"),
+        ("--v_threshold=0.3", "v_threshold"),
+        ("--tau=3", "tau"),
+        ("--learn_threshold", "learn_threshold"),
+        ("--learn_tau", "learn_tau"),
+    ],
+)
+def test_a_run_goes_on_with_the_same_adapter_only(script, tmp_path, flag, name):
+    checkpoint = tmp_path / "checkpoint-8"
+    script["adapter_config"](script["parse_options"]([]), spiking=True).save_pretrained(checkpoint)
+    (checkpoint / "trainer_state.json").touch()
+    same = script["parse_options"](["--resume_from_checkpoint"])
+    assert script["prepare_folder"](tmp_path, same) == checkpoint
+    other = script["parse_options"](["--resume_from_checkpoint", flag])
+    with pytest.raises(SystemExit, match=f"was trained with {name} "):
+        script["prepare_folder"](tmp_path, other)

@@ -7,7 +7,15 @@ import sys
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_opt
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.utils import PeftWarning
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
@@ -223,3 +231,35 @@ class TestDamage:
         get_peft_model(tiny_opt(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
         with pytest.raises(SpikeLoraError, match="holds a LORA adapter"):
             SpikeLoraConfig.from_pretrained(tmp_path)
+
+
+def test_a_shard_that_was_not_gathered_is_said(opt, tmp_path):
+    model = trained(opt)
+    model.base_model.model.model.decoder.layers[0].fc1.lora_A["default"].weight.data = torch.empty(0)
+    with pytest.warns(PeftWarning, match="lora_A"):
+        model.save_pretrained(tmp_path)
+
+
+def test_tensors_without_a_folder_are_checked_too(opt):
+    model = trained(opt)
+    tensors = get_peft_model_state_dict(model)
+    tensors[next(name for name in tensors if name.endswith("tau"))] = torch.tensor([float("nan")])
+    with pytest.raises(SpikeLoraError, match="`tau` of "):
+        set_peft_model_state_dict(model, tensors)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_file_in_bfloat16_loads_with_gates_in_float32(saved, low_cpu_mem_usage):
+    TestDamage().edit(saved[0], lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": False}
+    model = PeftModel.from_pretrained(tiny_opt().bfloat16(), saved[0], **options)
+    dtypes = {("lora_gate" in name, p.dtype) for name, p in model.named_parameters() if "lora_" in name}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_tau_of_one_in_bfloat16(saved):
+    TestDamage().edit(
+        saved[0], lambda tensors: tensors.update({TestDamage().key("lora_gate.tau"): torch.ones(1).bfloat16()})
+    )
+    TestDamage().refuses(saved[0], r"`tau` of `.*layers\.1\.fc2` in the adapter's file is \[1\.0\]")

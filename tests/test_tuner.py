@@ -10,7 +10,14 @@ from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, in
 from peft.tuners import lora
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
+    WavLMConfig,
+    WavLMModel,
+)
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
 from spikelora.gate import SpikeGate
@@ -371,3 +378,98 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     assert len(expected) == 12 * 4
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=0, msg=name)
+
+
+def test_the_width_of_the_surrogate_reaches_every_gate(opt):
+    assert {gate.surrogate_alpha for gate in gates(spiking(opt, surrogate_alpha=5.0))} == {5.0}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_the_configuration_says_how_conv1d_stores_its_weight(gpt2):
+    assert spiking(gpt2).peft_config["default"].fan_in_fan_out
+
+
+def test_what_is_printed_on_the_meta_device(opt, capsys):
+    model = get_peft_model(opt, SpikeLoraConfig(target_modules=["fc1"]), low_cpu_mem_usage=True)
+    assert "default: r=8, v_threshold=nan, tau=nan" in repr(model)
+    model.print_trainable_parameters()
+    assert "spiking adapter 'default' on 2 modules || r: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make_base", "target"),
+    [
+        (
+            lambda: MobileBertForMaskedLM(
+                MobileBertConfig(
+                    vocab_size=50,
+                    hidden_size=16,
+                    embedding_size=8,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    intermediate_size=16,
+                    intra_bottleneck_size=8,
+                )
+            ),
+            "predictions.dense",
+        ),
+        (
+            lambda: WavLMModel(
+                WavLMConfig(
+                    hidden_size=16,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    intermediate_size=16,
+                    conv_dim=(8,),
+                    conv_kernel=(2,),
+                    conv_stride=(2,),
+                    num_conv_pos_embeddings=4,
+                    num_conv_pos_embedding_groups=2,
+                )
+            ),
+            "k_proj",
+        ),
+    ],
+    ids=["mobilebert", "wavlm"],
+)
+def test_the_layers_that_other_models_read(make_base, target):
+    with pytest.raises(SpikeLoraError, match=rf"`.*{target}` is read by its model, not called"):
+        get_peft_model(make_base(), SpikeLoraConfig(target_modules=[target]))
+
+
+def test_other_errors_of_peft_stay_what_they_are(opt, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(LoraModel, "_create_new_module", fail)
+    with pytest.raises(ValueError, match="something else") as raised:
+        spiking(opt)
+    assert not isinstance(raised.value, SpikeLoraError)
+
+
+@pytest.mark.parametrize("symbol", ["v_threshold", "tau"])
+def test_a_neuron_of_which_one_tensor_was_cast(opt, symbol):
+    model = spiking(opt)
+    tensor = getattr(gates(model)[3], symbol)
+    tensor.data = tensor.data.bfloat16()
+    with pytest.raises(SpikeLoraError, match="have to stay float32"):
+        model(TOKENS)
+
+
+def test_every_adapter_is_printed(opt, capsys):
+    model = spiking(opt)
+    model.add_adapter("other", SpikeLoraConfig(r=2, target_modules=["fc1"], v_threshold=0.5))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "spiking adapter 'default' on 12 modules || r: 4 || v_threshold: 0.1 || tau: 2",
+        "spiking adapter 'other' on 2 modules || r: 2 || v_threshold: 0.5 || tau: 2",
+    ]
+
+
+def test_a_second_gate_goes_to_the_device_of_the_base(opt, monkeypatch):
+    model = spiking(opt, target_modules=["fc1"])
+    layer, moved = type(model.base_model.model.model.decoder.layers[0].fc1), []
+    name = "_move_adapter_to_device_of_base_layer"
+    monkeypatch.setattr(layer, name, lambda layer, adapter_name: moved.append(adapter_name in layer.lora_gate))
+    model.add_adapter("other", SpikeLoraConfig(target_modules=["fc1"]))
+    assert moved.count(True) == 2

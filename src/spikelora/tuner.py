@@ -144,7 +144,6 @@ class SpikeLoraModel(LoraModel):
         layer.__class__ = _SPIKING_LAYERS[type(layer)]
         layer.lora_variant[adapter_name] = layer.resolve_lora_variant(config=lora_config)
         layer.lora_variant[adapter_name].init(layer, adapter_name, lora_config)
-        layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
         return layer
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
