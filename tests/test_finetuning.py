@@ -132,6 +132,8 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
     assert actual["steps"] == expected["steps"]
     assert actual["loss"] == pytest.approx(expected["loss"], abs=1e-6)
     assert actual["sparsity"] == pytest.approx(expected["sparsity"], abs=1e-6)
+    counted, all_tokens = (run["tokens_per_second"] * run["training_seconds"] for run in (actual, expected))
+    assert counted < 0.8 * all_tokens  # those of the first run are not counted again
 
     other = run(*flags, "--resume_from_checkpoint", "--v_threshold=0.3")
     assert "was trained with v_threshold 0.1, not 0.3" in other.stderr
@@ -253,6 +255,12 @@ def test_yaml_and_flags(script, tmp_path):
     options = script["parse_options"]([str(tmp_path / "run.yaml"), "--max_steps=9"])
     assert (options.v_threshold, options.learn_tau, options.learning_rate, options.max_steps) == (-0.3, True, 1e-3, 9)
     assert script["adapter_config"](options, spiking=True).target_modules == {"q_proj", "0.fc1"}
+
+
+def test_zero_in_yaml_is_zero(script, tmp_path):
+    (tmp_path / "run.yaml").write_text("v_threshold: 0\nweight_decay: 0.0\nwarmup_ratio: 0\nlearn_tau: false\n")
+    options = script["parse_options"]([str(tmp_path / "run.yaml")])
+    assert (options.v_threshold, options.weight_decay, options.warmup_ratio, options.learn_tau) == (0, 0, 0, False)
 
 
 class TestBadInput:

@@ -117,7 +117,7 @@ def parse_options(arguments: list[str]) -> Options:
             parser.error(f"{arguments[0]} cannot be read: {error}")
         if not isinstance(values, dict):
             parser.error(f"{arguments[0]} must map flags to values")
-        given = {name: value for name, value in values.items() if value not in (None, False)}
+        given = {name: value for name, value in values.items() if value is not None and value is not False}
         lists = {name: ",".join(map(str, value)) for name, value in given.items() if isinstance(value, list)}
         arguments = [f"--{name}={value}" for name, value in (given | lists).items()] + arguments[1:]
     options = Options(**vars(parser.parse_args(arguments)))
