@@ -141,6 +141,9 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
     assert ended.returncode == 0, ended.stderr
     again = json.loads((tmp_path / "metrics.json").read_text())["spikelora"]
     assert (again["steps"], again["loss"]) == (actual["steps"], actual["loss"])
+    longer = run(*flags, "--resume_from_checkpoint", "--max_steps=26")
+    assert longer.returncode == 0, longer.stderr
+    assert json.loads((tmp_path / "metrics.json").read_text())["spikelora"]["steps"] == 26
 
 
 def test_no_held_out_passage_stands_in_the_training_text(script):

@@ -279,12 +279,6 @@ class TestRefused:
         with pytest.raises(SpikeLoraError, match=r"`.*mixer\.dt_proj` is read by its model, not called"):
             get_peft_model(MambaForCausalLM(config), SpikeLoraConfig(target_modules=["dt_proj"]))
 
-    def test_a_neuron_that_was_cast(self, opt):
-        model = spiking(opt)
-        gates(model)[3].v_threshold.data = gates(model)[3].v_threshold.data.bfloat16()
-        with pytest.raises(SpikeLoraError, match="have to stay float32"):
-            model(TOKENS)
-
     def test_targets_that_match_nothing(self, opt):
         with pytest.raises(SpikeLoraError, match="nowhere") as raised:
             spiking(opt, target_modules=["nowhere"])

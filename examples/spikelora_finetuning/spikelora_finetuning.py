@@ -491,7 +491,10 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
         warn_of_silence(before, "at the start")
     # Now, as the Trainer may remove the checkpoint when it writes newer ones.
     resumed = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
-    if checkpoint and resumed["global_step"] >= resumed["max_steps"]:  # it had come to its end
+    updates = len(train_rows) / (trainer.args.train_batch_size * trainer.args.world_size)
+    updates = math.ceil(math.ceil(updates) / options.gradient_accumulation_steps)
+    last_step = options.max_steps if options.max_steps > 0 else math.ceil(options.num_epochs * updates)
+    if checkpoint and resumed["global_step"] >= last_step:  # it had come to its end
         model.load_adapter(checkpoint, "default", is_trainable=True)
         trained = {"steps": resumed["global_step"]}
     else:

@@ -33,7 +33,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 """
 
 
-def check_folder(folder: Path, weights_needed: bool) -> None:
+def check_weights(folder: Path, needed: bool) -> None:
     """Raise a `SpikeLoraError` where the weights in a local adapter folder are missing, damaged or incomplete."""
     readers = {
         SAFETENSORS_WEIGHTS_NAME: load_file,
@@ -47,7 +47,7 @@ def check_folder(folder: Path, weights_needed: bool) -> None:
                 raise SpikeLoraError(f"{folder / name} is damaged ({error}); copy or save it again.") from error
             check_tensors(tensors)
             return
-    if weights_needed:
+    if needed:
         raise SpikeLoraError(
             f"{folder} holds the configuration of a saved adapter but neither {SAFETENSORS_WEIGHTS_NAME} nor "
             f"{WEIGHTS_NAME}; copy the whole folder."

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME
 
-from spikelora.adapter_files import check_folder, say_how_to_load
+from spikelora.adapter_files import check_weights, say_how_to_load
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
@@ -169,7 +169,7 @@ class SpikeLoraConfig(LoraConfig):
         folder = Path(name_or_path, subfolder or "")
         if folder.is_dir():
             # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
-            check_folder(folder, weights_needed=self.inference_mode)
+            check_weights(folder, needed=self.inference_mode)
 
 
 def _finite(name: str, value: Any) -> float:
