@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: finetune test quality format wheel clean
+.PHONY: finetune test quality format bench wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -20,6 +20,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/results
+	$(BIN)/python -m benchmarks $(ARGS)
+
 wheel: $(READY)
 	$(BIN)/python -m build
 
@@ -32,6 +35,6 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e '.[example,dev]'
-	$(BIN)/python -m pip install -c constraints.txt --no-deps spikingjelly
+	$(BIN)/python -m pip install -c constraints.txt --no-deps spikingjelly "triton; sys_platform == 'linux'"
 	$(BIN)/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
 	touch $(READY)

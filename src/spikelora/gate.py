@@ -28,11 +28,11 @@ class SpikeGate(nn.Module):
         self.learn_tau = learn_tau
 
     def forward(self, a: Tensor) -> Tensor:
-        return spike_gate(a, *self._neuron(), self.surrogate_alpha)
+        return spike_gate(a, *self.neuron(), self.surrogate_alpha)
 
     def spikes(self, a: Tensor) -> Tensor:
         """Where the neuron spikes, boolean and shaped like `a (..., r)`."""
-        v_threshold, tau = self._neuron()
+        v_threshold, tau = self.neuron()
         return charge(a, tau) >= v_threshold
 
     def freeze_fixed(self) -> None:
@@ -40,10 +40,12 @@ class SpikeGate(nn.Module):
         for tensor, learned in ((self.v_threshold, self.learn_threshold), (self.tau, self.learn_tau)):
             tensor.requires_grad_(tensor.requires_grad and learned)
 
-    def _neuron(self) -> tuple[Tensor, Tensor]:
-        if not self.v_threshold.dtype == self.tau.dtype == torch.float32:
+    def neuron(self) -> tuple[Tensor, Tensor]:
+        """`v_threshold` and `tau` as the forward takes them, in float32."""
+        v_threshold, tau = self.v_threshold, self.tau
+        if not v_threshold.dtype == tau.dtype == torch.float32:
             raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
-        return self.v_threshold, _AboveOne.apply(self.tau) if self.learn_tau else self.tau
+        return v_threshold, _AboveOne.apply(tau) if self.learn_tau else tau
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
+from spikelora.ops.linear import spike_branch, spike_linear
+from spikelora.paths import Choice, Path, choose, returns_private
 
 
 def _refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
@@ -52,6 +54,8 @@ class SpikeLinearVariant(LoraVariant):
 
     @staticmethod
     def forward(module: "Linear", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if adapter := choose(module, active_adapter, x).adapter:  # beside others, or for a part of the batch
+            return spike_branch(result, x, adapter, returns_private(module.base_layer))
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         gated = module.lora_gate[active_adapter](a)
         return result + module.lora_B[active_adapter](gated) * module.scaling[active_adapter]
@@ -62,10 +66,36 @@ class SpikeLinearVariant(LoraVariant):
 class Linear(LoraLinear):
     """LoRA's linear layer with a gate on each adapter, for `nn.Linear` and transformers' `Conv1D`.
 
-    `y = base(x) + scaling * lora_B(gated)` with `a = lora_A(dropout(x))` `(..., r)` and `gated = lora_gate(a)`.
+    `y = base(x) + scaling * lora_B(gated)` with `a = lora_A(dropout(x))` `(..., r)` and `gated = lora_gate(a)`: module
+    by module in `SpikeLinearVariant.forward`, or as one function with the same values, see `path`.
     """
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_gate")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # PEFT's forward, which also serves disabled, several and mixed adapters, runs the base layer and copies x to
+        # the adapter's dtype before it asks the variant.
+        adapters = self.active_adapters
+        if args or kwargs or self.disable_adapters or len(adapters) != 1 or adapters[0] not in self.lora_gate:
+            return super().forward(x, *args, **kwargs)
+        choice = choose(self, adapters[0], x)
+        if choice.adapter is None:
+            return super().forward(x)
+        base = self.base_layer
+        if choice.path is Path.BRANCH:
+            return spike_branch(base(x), x, choice.adapter, returns_private(base))
+        weight = base.weight if type(base) is nn.Linear else base.weight.T  # as Conv1D stores it
+        return spike_linear(x, weight, base.bias, choice.adapter)
+
+    def path(self, x: Tensor) -> Choice:
+        """The path that `forward` takes for an input `x (..., in)`, and why."""
+        adapters = [name for name in self.active_adapters if name in self.lora_gate]
+        if self.disable_adapters or not adapters:
+            return Choice(Path.PLAIN, "no adapter is active here: the base layer runs alone")
+        choice = choose(self, adapters[0], x)
+        if len(self.active_adapters) > 1 and choice.path is Path.FUSED:
+            return choice._replace(path=Path.BRANCH, reason="several adapters are active")
+        return choice
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
         if not isinstance(config, SpikeLoraConfig):

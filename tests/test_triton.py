@@ -1,0 +1,316 @@
+"""The Triton backend against the oracle in Triton's interpreter, and compiled for GPUs that need not be there.
+
+Triton decides when it is first imported whether it interprets, so each part runs in a process of its own, where pytest
+collects functions of another name. By hand, with TRITON_INTERPRET=1 for `check_` and without for `compile_`:
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_triton.py -o python_functions=check_*
+"""
+
+import importlib
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spikelora.neuron import spike_gate
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, BF16)]  # of the features, of the adapter
+# Relative to float64, by the dtype of the result. The interpreter cuts to bfloat16 where a GPU rounds.
+RTOL = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}
+ATOL = 1e-5
+SUM_TOL = {"rtol": 1e-4, "atol": 1e-4}
+SHARED_MEMORY = 101376  # bytes of a block on the smaller cards since sm_80; an A100 and an H100 have more
+ALPHA, SCALING = 1.5, 0.75
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("prefix", "interpret"), [("check_", {"TRITON_INTERPRET": "1"}), ("compile_", {})])
+def test_in_a_process_of_its_own(prefix, interpret, tmp_path):
+    ours = {"TRITON_INTERPRET", "PYTEST_ADDOPTS"}
+    env = {k: v for k, v in os.environ.items() if k not in ours} | interpret | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", __file__, "-o", f"python_functions={prefix}*", "-p", "no:cacheprovider"]
+
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    if done.returncode or not re.search(r"=== \d+ passed in [^,]*===\n$", done.stdout):
+        pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """Buffers that the backend asks for, NaN before and after and, until written, within."""
+    made = []
+
+    def empty(shape, dtype, device):
+        memory = torch.full((math.prod(shape) + 512,), math.nan, dtype=dtype, device=device)
+        made.append((memory, shape))
+        return memory[256:-256].view(shape)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield made
+    for memory, shape in made:
+        assert memory[:256].isnan().all(), f"written before a buffer {shape}"
+        assert memory[-256:].isnan().all(), f"written after a buffer {shape}"
+
+
+@pytest.fixture
+def backend(buffers):
+    """The backend in the interpreter; NumPy's warnings of overflow and NaN are not a GPU's."""
+    module = importlib.import_module("spikelora.ops.triton_backend")
+    assert type(module._expand_add).__name__ == "InterpretedFunction"
+    with np.errstate(all="ignore"):
+        yield module
+
+
+def laid_out(values, layout="contiguous"):
+    """The matrix as a view of that layout into memory that is NaN everywhere else."""
+    if layout == "transposed":
+        return laid_out(values.T).T
+    rows, columns = values.shape
+    step = 2 if layout == "strided" else 1
+    memory = torch.full((rows + 2, columns * step + 3 * (step - 1)), math.nan, dtype=values.dtype)
+    view = memory[1 : rows + 1, step - 1 :: step][:, :columns]
+    return view.copy_(values)
+
+
+def randn(*shape, seed, dtype):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def numbers(*values):
+    return [torch.tensor([value], dtype=F32) for value in values]
+
+
+def assert_close(actual, expected, dtype):
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=RTOL[dtype], atol=ATOL, equal_nan=True)
+
+
+def up_reference(y, a, B, v_threshold, tau, grad_y):
+    """`y` after the update, and the gradients of a, B, v_threshold and tau, through the oracle in float64."""
+    a, B, v_threshold, tau = leaves = [t.double().requires_grad_() for t in (a, B, v_threshold, tau)]
+    update = SCALING * spike_gate(a, v_threshold, tau, ALPHA) @ B.T
+    return y.double() + update.detach(), torch.autograd.grad(update, leaves, grad_y.double())
+
+
+def assert_up(backend, y, a, B, v_threshold, tau, grad_y):
+    """`add_up_` and `up_backward` agree with the oracle for these values; returns grad_a."""
+    T, P, inputs = y.dtype, a.dtype, (a, B, v_threshold, tau)
+    expected, gradients = up_reference(y, *inputs, grad_y)
+
+    outside = y._base.isnan().sum() - y.isnan().sum()
+    assert backend.add_up_(y, *inputs, SCALING) is None
+    assert_close(y, expected, T)
+    assert y._base.isnan().sum() - y.isnan().sum() == outside
+
+    grad_a, grad_B, *grad_neuron = backend.up_backward(grad_y, *inputs, ALPHA, SCALING, True, True, True)
+    assert_close(grad_a, gradients[0], P)
+    assert_close(grad_B, gradients[1], P)
+    for actual, wanted in zip(grad_neuron, gradients[2:], strict=True):
+        assert actual.dtype == F32
+        torch.testing.assert_close(actual.double(), wanted, equal_nan=True, **SUM_TOL)
+    return grad_a
+
+
+def assert_backend(backend, T, P, n, n_in, n_out, r, layout):
+    """Every function agrees with the oracle, each at the values that the backend itself gave it."""
+    x, A = laid_out(randn(n, n_in, seed=0, dtype=T), layout), laid_out(randn(r, n_in, seed=1, dtype=P) / 8, layout)
+    y, B = laid_out(randn(n, n_out, seed=2, dtype=T), layout), laid_out(randn(n_out, r, seed=3, dtype=P) / 8, layout)
+    grad_y, grad_x = (laid_out(randn(n, m, seed=4 + m, dtype=T), layout) for m in (n_out, n_in))
+
+    a = backend.down(x, A)
+    assert_close(a, x.double() @ A.double().T, P)
+    grad_a = assert_up(backend, y, laid_out(a, layout), B, *numbers(0.1, 1.7), grad_y)
+    assert_close(backend.down_backward_A(grad_a, x), grad_a.double().T @ x.double(), P)
+    expected = grad_x.double() + grad_a.double() @ A.double()
+    assert backend.add_down_backward_x_(grad_x, laid_out(grad_a, layout), A) is None
+    assert_close(grad_x, expected, T)
+
+
+@pytest.mark.parametrize(("T", "P"), DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
+def check_dtypes_and_layouts(backend, T, P, layout):
+    assert_backend(backend, T, P, 5, 33, 100, 7, layout)
+
+
+@pytest.mark.parametrize(("T", "P"), [(F32, F32), (BF16, F32)])
+@pytest.mark.parametrize(
+    ("n", "n_in", "n_out", "r"),
+    [(0, 33, 100, 8), (1, 100, 33, 1), (1, 300, 300, 8), (17, 64, 64, 63), (130, 300, 100, 64), (130, 33, 300, 256)],
+)
+def check_sizes(backend, T, P, n, n_in, n_out, r):
+    assert_backend(backend, T, P, n, n_in, n_out, r, "contiguous")
+
+
+@pytest.mark.parametrize(("length", "splits"), [(0, 1), (1, 1), (256, 1), (257, 2), (600, 3)])
+def check_sums_that_are_split(backend, buffers, length, splits):
+    x, A = randn(3, max(length, 1), seed=0, dtype=F32), randn(9, max(length, 1), seed=1, dtype=F32)
+    x, A = x[:, :length], A[:, :length]
+    assert_close(backend.down(x, A), x.double() @ A.double().T, F32)
+    assert_close(backend.down_backward_A(A.T, x.T), A.double() @ x.double().T, F32)
+
+    assert [shape[0] for _, shape in buffers if len(shape) == 3] == [splits, splits]
+
+
+def check_whole_chain(backend):
+    """One layer from x to all six gradients, in float64 by autograd alone."""
+    x, A, y, B, grad_y = (
+        randn(*shape, seed=i, dtype=F32) for i, shape in enumerate([(20, 300), (8, 300), (20, 40), (40, 8), (20, 40)])
+    )
+    v_threshold, tau = numbers(0.3, 2.5)
+    leaves = [t.double().requires_grad_() for t in (x, A, B, v_threshold, tau)]
+    gated = spike_gate(leaves[0] @ leaves[1].T, leaves[3], leaves[4], ALPHA)
+    update = SCALING * gated @ leaves[2].T
+    expected = torch.autograd.grad(update, leaves, grad_y.double())
+    wanted = y.double() + update.detach()
+
+    a = backend.down(x, A)
+    backend.add_up_(y, a, B, v_threshold, tau, SCALING)
+    grad_a, *rest = backend.up_backward(grad_y, a, B, v_threshold, tau, ALPHA, SCALING, True, True, True)
+    grad_x = torch.zeros_like(x)
+    backend.add_down_backward_x_(grad_x, grad_a, A)
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(y.double(), wanted, **tolerance)
+    for actual, gradient in zip((grad_x, backend.down_backward_A(grad_a, x), *rest), expected, strict=True):
+        torch.testing.assert_close(actual.double(), gradient, **tolerance)
+
+
+def read_gate(backend, a, v_threshold, tau):
+    """What reaches an identity for B: the gated values."""
+    y = torch.zeros(a.shape)
+    backend.add_up_(y, a, torch.eye(a.shape[1]), v_threshold, tau, 1.0)
+    return y
+
+
+def check_fires_at_equality(backend):
+    a = torch.tensor([[0.25, -0.25, 0.125, 0.5], [math.nextafter(0.25, 0.0) - 1e-8, 0.25, 0.26, 0.0]])
+    v_threshold, tau = numbers(0.125, 2.0)
+
+    assert torch.equal(read_gate(backend, a, v_threshold, tau), a * torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]))
+    y, B, grad_y = torch.zeros(2, 3), randn(3, 4, seed=0, dtype=F32), torch.ones(2, 3)
+    assert_up(backend, laid_out(y), a, B, v_threshold, tau, grad_y)
+
+
+@pytest.mark.parametrize("P", [F32, F16, BF16])
+@pytest.mark.parametrize(("threshold", "tau"), [(0.1, 1.7), (0.3, 3.0), (-0.7, 1.1), (5.0, 1.3)])
+def check_compares_as_the_oracle_does(backend, P, threshold, tau):
+    """Values a few ulps around the threshold, where v is rounded."""
+    v_threshold, tau = numbers(threshold, tau)
+    at = (v_threshold * tau).to(P)
+    below, above = [at], [at]
+    for _ in range(8):
+        below.append(torch.nextafter(below[-1], torch.full_like(at, -math.inf)))
+        above.append(torch.nextafter(above[-1], torch.full_like(at, math.inf)))
+    a = torch.cat([*below, *above]).reshape(1, -1)
+
+    assert torch.equal(read_gate(backend, a, v_threshold, tau), spike_gate(a, v_threshold, tau, ALPHA).float())
+
+
+@pytest.mark.parametrize("P", [F32, BF16])
+@pytest.mark.parametrize("threshold", [0.2, -math.inf, math.inf, math.nan])
+def check_infinity_and_nan(backend, P, threshold):
+    a = randn(5, 7, seed=0, dtype=P)
+    a[0, 0], a[1, 1], a[2, 2] = -math.inf, math.inf, math.nan
+    y, B, grad_y = randn(5, 6, seed=1, dtype=P), randn(6, 7, seed=2, dtype=P), randn(5, 6, seed=3, dtype=P)
+    grad_y[3, 0] = math.inf
+
+    assert_up(backend, laid_out(y), a, B, *numbers(threshold, 2.0), grad_y)
+
+
+def check_minus_infinity_is_silent(backend):
+    assert torch.equal(read_gate(backend, torch.tensor([[-math.inf]]), *numbers(0.5, 2.0)), torch.zeros(1, 1))
+
+
+def check_infinite_gradient_does_not_meet_the_padding(backend):
+    a, B, grad_y = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+    grad_y[0, 0] = math.inf
+    sums = backend.up_backward(grad_y, a, B, *numbers(0.5, 2.0), ALPHA, SCALING, False, True, True)[2:]
+
+    assert torch.equal(torch.cat(sums), torch.full((2,), -math.inf))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def check_computes_what_is_needed(backend, needs):
+    a, B, grad_y = randn(3, 4, seed=0, dtype=F32), randn(5, 4, seed=1, dtype=F32), randn(3, 5, seed=2, dtype=F32)
+    inputs = (a, B, *numbers(0.1, 2.0))
+    gradients = up_reference(torch.zeros(3, 5), *inputs, grad_y)[1]
+
+    actual = backend.up_backward(grad_y, *inputs, ALPHA, SCALING, *needs)
+    for gradient, expected, needed in zip(actual, gradients, (True, *needs), strict=True):
+        if needed:
+            assert_close(gradient, expected, F32)
+        else:
+            assert gradient is None
+
+
+@pytest.fixture(params=[80, 90])
+def launches(request, monkeypatch):
+    """Launches of kernels as `(arguments, compiled kernel)`, compiled for that architecture and not run."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        def get_current_device(self):
+            return request.param  # Triton keeps kernels by device
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", request.param, 32)
+
+    compile_and_run, launched = JITFunction.run, []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = compile_and_run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((dict(zip(self.arg_names, args, strict=False)), kernel))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    driver.set_active(Driver())
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("T", "P", "n", "r", "layout"),
+    [
+        (F32, F32, 1, 8, "contiguous"),
+        (F32, F32, 4096, 64, "contiguous"),
+        (F32, F32, 4096, 256, "contiguous"),
+        (F16, F16, 4096, 8, "contiguous"),
+        (BF16, BF16, 4096, 64, "contiguous"),
+        (BF16, F32, 4096, 64, "contiguous"),
+        (BF16, F32, 4096, 8, "transposed"),
+    ],
+)
+def compile_what_is_launched(launches, T, P, n, r, layout):
+    backend = importlib.import_module("spikelora.ops.triton_backend")
+    x, y = torch.empty(n, 512, dtype=T), torch.empty(n, 384, dtype=T)
+    A, B = torch.empty(r, 512, dtype=P), torch.empty(384, r, dtype=P)
+    if layout == "transposed":
+        x, y, A, B = (t.T.contiguous().T for t in (x, y, A, B))
+    v_threshold, tau = numbers(0.1, 2.0)
+
+    a = backend.down(x, A)
+    backend.add_up_(y, a, B, v_threshold, tau, SCALING)
+    grad_a, *_ = backend.up_backward(y, a, B, v_threshold, tau, ALPHA, SCALING, True, True, True)
+    backend.down_backward_A(grad_a, x)
+    backend.add_down_backward_x_(x, grad_a, A)
+
+    assert len(launches) == 10
+    for arguments, kernel in launches:
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name
+        # The charge must be the division that rounds correctly, not the one that `/` gives.
+        assert ("div.rn.f32" in kernel.asm["ptx"]) == (arguments.get("tau") is not None), kernel.metadata.name
+        if P == F32 and layout == "contiguous":  # half-precision features are read by the vector, not one by one
+            assert "ld.global.b16" not in kernel.asm["ptx"], kernel.metadata.name
