@@ -1,0 +1,477 @@
+"""The paths of a layer: which one is taken and why, and that each gives what the plain one gives."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_opt
+from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.paths import Path, force_path
+
+TOKENS = torch.arange(3, 31).view(2, 14)
+FUSED, BRANCH, PLAIN = Path.FUSED, Path.BRANCH, Path.PLAIN
+# Dynamo makes an instance of every autograd function that it traces.
+dynamo_warns = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+class Quiet(nn.Linear):
+    """A subclass that changes nothing."""
+
+
+class Identity(nn.Linear):
+    """A base layer that gives back its input."""
+
+    def forward(self, x):
+        return x
+
+
+class Sigmoid(nn.Linear):
+    """A base layer whose output autograd saves."""
+
+    def forward(self, x):
+        return super().forward(x).sigmoid()
+
+
+class MyTensor(torch.Tensor):
+    """A subclass of tensors."""
+
+
+def spiking(base, **options):
+    """The base with adapters that do something, half of whose gates are open."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, SpikeLoraConfig(**({"r": 4, "target_modules": "all-linear"} | options)))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
+    return model
+
+
+def one_layer(base=None, **options):
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5) if base is None else base
+    return spiking(nn.Sequential(base), target_modules=["0"], v_threshold=0.05, **options).base_model.model[0]
+
+
+def batch(*shape, **options):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_(**options)
+
+
+def results(layer, x, path=None):
+    """Output and gradients of the layer, on the path that it chooses or on a forced one."""
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    torch.manual_seed(3)
+    with contextlib.nullcontext() if path is None else force_path(path):
+        y = layer(x)
+    y.float().square().sum().backward()
+    gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | gradients
+
+
+def assert_same(actual, expected, rtol=1e-5, atol=1e-5):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def do_nothing(*args):
+    return None
+
+
+def hook(part, kind):
+    """A change of a layer: a hook that does nothing on one of its modules."""
+    return lambda layer: getattr(part_of(layer, part), f"register_{kind}")(do_nothing)
+
+
+def wrap(part):
+    """A change of a layer: the `forward` of one of its modules wrapped in place, as accelerate does it."""
+    return lambda layer: setattr(part_of(layer, part), "forward", part_of(layer, part).forward)
+
+
+def cast_into_a_subclass(part):
+    """A change of a layer: the weight of one of its modules is of a class of its own."""
+
+    def change(layer):
+        module = part_of(layer, part)
+        module.weight = nn.Parameter(module.weight.data.as_subclass(MyTensor), requires_grad=False)
+
+    return change
+
+
+def part_of(layer, part):
+    return layer.base_layer if part == "base_layer" else getattr(layer, part)["default"]
+
+
+def replace_lora_B(layer):
+    layer.lora_B["default"] = Quiet(4, 5, bias=False)
+
+
+def give_lora_A_a_bias(layer):
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+
+
+CHANGES = {
+    "nothing": (do_nothing, FUSED, "single adapter on a plain linear layer"),
+    "base hook": (hook("base_layer", "forward_hook"), BRANCH, "base layer has hooks"),
+    "base pre-hook": (hook("base_layer", "forward_pre_hook"), BRANCH, "base layer has hooks"),
+    "base backward hook": (hook("base_layer", "full_backward_hook"), BRANCH, "base layer has hooks"),
+    "base backward pre-hook": (hook("base_layer", "full_backward_pre_hook"), BRANCH, "base layer has hooks"),
+    "base wrapped": (wrap("base_layer"), BRANCH, "base layer has hooks"),
+    "base trained": (lambda layer: layer.base_layer.weight.requires_grad_(), BRANCH, "weight is trained"),
+    "base tensor": (cast_into_a_subclass("base_layer"), BRANCH, "base layer is of a class of its own"),
+    "lora_A hook": (hook("lora_A", "forward_hook"), PLAIN, "`lora_A` has hooks"),
+    "lora_B hook": (hook("lora_B", "forward_pre_hook"), PLAIN, "`lora_B` has hooks"),
+    "lora_dropout hook": (hook("lora_dropout", "forward_hook"), PLAIN, "`lora_dropout` has hooks"),
+    "lora_gate hook": (hook("lora_gate", "full_backward_hook"), PLAIN, "`lora_gate` has hooks"),
+    "lora_A wrapped": (wrap("lora_A"), PLAIN, "`lora_A` has hooks"),
+    "lora_A tensor": (cast_into_a_subclass("lora_A"), PLAIN, "a tensor of the adapter is of a class of its own"),
+    "lora_B of another class": (replace_lora_B, PLAIN, "`lora_B` is a Quiet"),
+    "lora_A with a bias": (give_lora_A_a_bias, PLAIN, "has a bias"),
+    "dtypes": (lambda layer: layer.lora_B["default"].double(), PLAIN, "differ in dtype"),
+    "disabled": (lambda layer: layer.enable_adapters(False), PLAIN, "no adapter is active"),
+}
+
+
+class TestChoice:
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_of_a_changed_layer(self, change):
+        act, path, reason = CHANGES[change]
+        layer, x = one_layer(), batch(2, 3, 6)
+        act(layer)
+        choice = layer.path(x)
+        assert choice.path is path
+        assert reason in choice.reason
+
+    @pytest.mark.parametrize("change", [name for name in CHANGES if name not in ("disabled", "dtypes")])
+    @pytest.mark.filterwarnings("ignore:.*backward hook:UserWarning")
+    def test_gives_what_the_plain_path_gives(self, change):
+        layer = one_layer()
+        CHANGES[change][0](layer)
+        assert_same(results(layer, batch(2, 3, 6)), results(layer, batch(2, 3, 6), PLAIN))
+
+    def test_of_conv1d(self):
+        layer = one_layer(Conv1D(5, 6), fan_in_fan_out=True)
+        assert layer.path(batch(2, 6)).path is FUSED
+        assert_same(results(layer, batch(2, 3, 6)), results(layer, batch(2, 3, 6), PLAIN))
+
+    def test_of_several_adapters(self):
+        model = spiking(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"], v_threshold=0.05)
+        model.add_adapter("other", SpikeLoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+        layer, x = model.base_model.model[0], batch(2, 3, 6)
+        choice = layer.path(x)
+        assert (choice.path, choice.reason) == (BRANCH, "several adapters are active")
+        assert_same(results(layer, x), results(layer, x, PLAIN))
+        with force_path(FUSED):
+            assert layer.path(x).path is BRANCH  # it is not a layer with a single adapter
+
+    def test_of_hooks_on_all_modules(self):
+        layer = one_layer()
+        with torch.nn.modules.module.register_module_forward_hook(do_nothing):
+            assert layer.path(batch(2, 6)).path is PLAIN
+        assert layer.path(batch(2, 6)).path is FUSED
+
+    def test_of_an_input_of_a_class_of_its_own(self):
+        choice = one_layer().path(batch(2, 6).as_subclass(MyTensor))
+        assert (choice.path, "class of its own" in choice.reason) == (PLAIN, True)
+
+    def test_of_an_input_in_another_dtype(self):
+        choice = one_layer().path(batch(2, 6).bfloat16())
+        assert choice.path is BRANCH
+        assert "another dtype than the base" in choice.reason
+        with torch.autocast("cpu", torch.bfloat16):
+            assert one_layer().path(batch(2, 6).bfloat16()).path is FUSED
+
+    def test_of_casts_that_are_switched_off(self):
+        layer = one_layer(nn.Linear(6, 5).bfloat16())
+        assert layer.path(batch(2, 6).bfloat16()).path is FUSED
+        with disable_input_dtype_casting(layer):
+            choice = layer.path(batch(2, 6).bfloat16())
+        assert (choice.path, "switched off" in choice.reason) == (PLAIN, True)
+
+    def test_is_followed_by_every_layer_of_a_model(self):
+        model = spiking(tiny_opt())
+        layers = [module for module in model.modules() if hasattr(module, "lora_gate")]
+        seen = []
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.path(*args).path))
+        model(TOKENS)
+        assert seen == [FUSED] * 12
+
+
+class TestForced:
+    def test_ends_with_its_block(self):
+        layer, x, seen = one_layer(), batch(2, 6), []
+
+        def inside():
+            with force_path(PLAIN):
+                with force_path(BRANCH):
+                    seen.append(layer.path(x).path)
+                seen.append(layer.path(x).path)
+                raise RuntimeError("inside")
+
+        with pytest.raises(RuntimeError, match="inside"):
+            inside()
+        assert [*seen, layer.path(x).path] == [BRANCH, PLAIN, FUSED]
+
+    @pytest.mark.parametrize("path", [FUSED, BRANCH])
+    def test_on_a_layer_that_cannot(self, path):
+        layer = one_layer()
+        layer.lora_A["default"].register_forward_hook(do_nothing)
+        with (
+            force_path(path),
+            pytest.raises(SpikeLoraError, match=r"forced .* can take Path\.PLAIN only: `lora_A` has"),
+        ):
+            layer(batch(2, 6))
+
+    def test_fused_on_a_base_that_is_no_linear_layer(self):
+        with force_path(FUSED), pytest.raises(SpikeLoraError, match=r"Path\.BRANCH only: the base layer is a Quiet"):
+            one_layer(Quiet(6, 5))(batch(2, 6))
+
+
+class TestInPlace:
+    """The base's output is changed in place only where nobody else can see it."""
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_what_a_hook_on_the_base_has_kept_stays(self, grad):
+        layer, x, kept = one_layer(), batch(2, 3, 6), []
+        layer.base_layer.register_forward_hook(lambda module, args, output: kept.append(output))
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        expected = nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias)
+        torch.testing.assert_close(kept[0], expected, rtol=0, atol=1e-6)
+        assert (y - expected).abs().max() > 0.1
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_a_base_that_returns_its_input(self, grad):
+        layer, x = one_layer(Identity(6, 6)), batch(2, 3, 6)
+        before = x.detach().clone()
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        assert torch.equal(x, before)
+        assert (y - x).abs().max() > 0.1
+
+    def test_a_base_whose_output_autograd_has_saved(self):
+        layer = one_layer(Sigmoid(6, 5))
+        assert_same(results(layer, batch(2, 3, 6)), results(layer, batch(2, 3, 6), PLAIN))
+
+    @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6)])
+    @pytest.mark.parametrize("trained", [True, False])
+    def test_a_base_whose_output_is_private(self, shape, trained):
+        layer, made = one_layer(Quiet(6, 5)), []
+        layer.base_layer.weight.requires_grad_(trained)
+        linear = nn.functional.linear
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(nn.functional, "linear", lambda *args: made.append(linear(*args)) or made[-1])
+            y = layer(batch(*shape))
+        assert y.data_ptr() == made[0].data_ptr()
+        assert_same(results(layer, batch(*shape)), results(layer, batch(*shape), PLAIN))
+
+    @pytest.mark.parametrize("path", Path)
+    def test_the_layers_above_may_change_the_output_in_place(self, path):
+        layer, x = one_layer(), batch(2, 3, 6)
+        with force_path(path):
+            layer(x).relu_().sum().backward()
+        gradient, x.grad = x.grad, None
+        layer(x).relu().sum().backward()
+        torch.testing.assert_close(gradient, x.grad)
+
+
+def model_results(model, path, **inputs):
+    """Loss, logits and gradients of one step of a model."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    with force_path(path):
+        output = model(input_ids=TOKENS, labels=TOKENS, **inputs)
+        output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), "logits": output.logits.detach()} | gradients
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("path", [FUSED, BRANCH])
+@pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
+class TestModel:
+    """Whole models give on each path what they give on the plain one, gradients included."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"lora_dropout": 0.3},
+            {"learn_threshold": True, "learn_tau": True},
+            {"bias": "all"},
+            {"bias": "lora_only"},
+            {"use_rslora": True, "rank_pattern": {"fc1|c_fc": 7}},
+            {"v_threshold": 1e30},
+            {"v_threshold": -1e30},
+        ],
+        ids=str,
+    )
+    def test_options(self, make_base, path, options):
+        model = spiking(make_base(), **({"v_threshold": 0.03} | options)).train()
+        expected = model_results(model, PLAIN)
+        assert len(expected) > 16
+        assert_same(model_results(model, path), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["bfloat16 base", "autocast"])
+    @pytest.mark.parametrize("v_threshold", [0.03, -1e30])
+    def test_half_precision(self, make_base, path, kind, v_threshold):
+        base = make_base().to(torch.bfloat16 if kind == "bfloat16 base" else torch.float32)
+        model = spiking(base, v_threshold=v_threshold).train()
+        assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+        exact = model_results(copy.deepcopy(model).float(), PLAIN)
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            plain, actual = model_results(model, PLAIN), model_results(model, path)
+        torch.testing.assert_close(actual["loss"], plain["loss"], rtol=4e-3, atol=0)
+        for name, value in exact.items():
+            assert actual[name].dtype == plain[name].dtype
+            # With 28 tokens a single spike that is flipped by another rounding upstream shows in a gradient.
+            if v_threshold < 0:
+                errors = [(found[name].float() - value).norm() / value.norm() for found in (actual, plain)]
+                assert errors[0] < 1.3 * errors[1] + 0.005, f"{name}: {errors}"
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_gradient_checkpointing(self, make_base, path, use_reentrant):
+        model = spiking(make_base(), v_threshold=0.03, lora_dropout=0.2).train()
+        expected = model_results(model, path)
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        assert_same(model_results(model, path), expected, rtol=0, atol=0)
+
+    @dynamo_warns
+    def test_compile_without_a_graph_break(self, make_base, path):
+        model = spiking(make_base(), v_threshold=0.03, learn_threshold=True).train()
+        expected = model_results(model, PLAIN)
+        torch._dynamo.reset()
+        # The body: transformers' loss logs, where dynamo would break the graph.
+        body = model.base_model.model.base_model
+        body.forward = torch.compile(body.forward, backend="aot_eager", fullgraph=True)
+        assert_same(model_results(model, path), expected, rtol=1e-4, atol=1e-5)
+
+    def test_inference(self, make_base, path):
+        model = spiking(make_base(), v_threshold=0.03, lora_dropout=0.3).eval()
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                with force_path(PLAIN):
+                    expected = model(TOKENS).logits
+                with force_path(path):
+                    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@dynamo_warns
+@pytest.mark.parametrize("path", [FUSED, BRANCH])
+def test_compiled_dropout_uses_one_mask_forward_and_backward(path):
+    layer, x = one_layer(lora_dropout=0.5), batch(40, 6)
+    torch._dynamo.reset()
+    with force_path(path):
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    w = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
+    (y * w).sum().backward()
+    # The adapter is linear in B, so B times its gradient is the adapter's part of the sum: with one and the same mask.
+    part = ((y - layer.base_layer(x)) * w).sum()
+    B = layer.lora_B["default"].weight
+    torch.testing.assert_close((B * B.grad).sum(), part, rtol=1e-4, atol=1e-4)
+    assert (y - layer(x)).abs().max() > 0.01  # another mask
+
+
+@pytest.mark.parametrize("path", Path)
+def test_a_layer_that_is_used_twice(path):
+    layer, x = one_layer(nn.Linear(6, 6)), batch(2, 3, 6)
+
+    def twice(path):
+        layer.zero_grad()
+        x.grad = None
+        with force_path(path):
+            layer(layer(x).tanh()).square().sum().backward()
+        return {"x": x.grad.clone()} | {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+    assert_same(twice(path), twice(PLAIN), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", Path)
+def test_an_input_that_needs_no_gradient(path):
+    layer, x = one_layer(), batch(2, 3, 6, requires_grad=False)
+
+    def gradients(path):
+        layer.zero_grad()
+        with force_path(path):
+            layer(x).square().sum().backward()
+        return {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+    assert len(gradients(path)) == 2
+    assert_same(gradients(path), gradients(PLAIN))
+
+
+@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (6,)])
+def test_no_token_and_no_batch(path, shape):
+    layer = one_layer()
+    actual, expected = results(layer, batch(*shape), path), results(layer, batch(*shape), PLAIN)
+    assert actual["y"].shape == (*shape[:-1], 5)
+    assert_same(actual, expected)
+
+
+def test_no_float32_copy_of_a_bfloat16_input_is_kept():
+    def kept(path):
+        saved = []
+        layer = one_layer(nn.Linear(64, 64).bfloat16())
+        x = batch(40, 64).detach().bfloat16().requires_grad_()
+        with force_path(path), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
+            layer(x)
+        return [t for t in saved if t.dtype == torch.float32 and t.shape == x.shape]
+
+    assert len(kept(PLAIN)) == 1
+    assert kept(FUSED) == kept(BRANCH) == []
+
+
+def test_a_learned_tau_below_its_floor_is_kept_above_one_on_every_path():
+    layer = one_layer(learn_tau=True)
+    layer.lora_gate["default"].tau.data.fill_(0.5)
+    expected = results(layer, batch(4, 6), PLAIN)
+    for path in (FUSED, BRANCH):
+        assert_same(results(layer, batch(4, 6), path), expected)
+
+
+def test_a_cast_neuron_is_refused_on_every_path():
+    layer = one_layer()
+    layer.lora_gate["default"].tau.data = layer.lora_gate["default"].tau.data.bfloat16()
+    for path in Path:
+        with force_path(path), pytest.raises(SpikeLoraError, match="have to stay float32"):
+            layer(batch(4, 6))
+
+
+def losses(path, dtype, steps=40):
+    """Loss at each step of a training on one path."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_opt().to(dtype),
+        SpikeLoraConfig(r=4, target_modules="all-linear", v_threshold=0.03, lora_dropout=0.1, learn_threshold=True),
+    ).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    found = []
+    with force_path(path):
+        for step in range(steps):
+            torch.manual_seed(step)
+            tokens = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(step % 4))
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("path", [FUSED, BRANCH])
+def test_training_gives_the_oracle_s_loss_at_every_step(path, dtype, tolerance):
+    expected = losses(PLAIN, dtype)
+    assert expected[-4:].mean() < expected[:4].mean() - 0.1
+    torch.testing.assert_close(losses(path, dtype), expected, rtol=0, atol=tolerance)
