@@ -28,6 +28,19 @@ def run(code):
     return process.stdout
 
 
+def test_the_import_brings_nothing_heavy():
+    code = """
+import sys, peft
+before = set(sys.modules)
+import spikelora
+print(*{name for name in set(sys.modules) - before if not name.startswith("spikelora")})
+print("spikelora.ops.triton_backend" in sys.modules)
+"""
+    brought, kernels = run(code).splitlines()
+    assert set(brought.split()) <= {"peft.utils.hotswap"}
+    assert kernels == "False"
+
+
 def test_member_of_the_enum():
     member = PeftType.SPIKELORA
 

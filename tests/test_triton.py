@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from spikelora.neuron import spike_gate
+from spikelora.ops import linear
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, BF16)]  # of the features, of the adapter
@@ -182,6 +183,39 @@ def check_whole_chain(backend):
     torch.testing.assert_close(y.double(), wanted, **tolerance)
     for actual, gradient in zip((grad_x, backend.down_backward_A(grad_a, x), *rest), expected, strict=True):
         torch.testing.assert_close(actual.double(), gradient, **tolerance)
+
+
+def train(steps, dropout):
+    """Loss at each step of a training of two layers, through whatever the autograd functions are made of."""
+    weights = [randn(20, 33, seed=0, dtype=BF16) / 6, randn(9, 20, seed=1, dtype=BF16) / 4]
+    adapters = [[randn(7, w.shape[1], seed=2, dtype=F32) / 4, torch.zeros(len(w), 7)] for w in weights]
+    neurons = [numbers(0.05, 2.0) for _ in weights]
+    leaves = [t.requires_grad_() for t in [*adapters[0], *adapters[1], *neurons[0], *neurons[1]]]
+    optimizer = torch.optim.SGD(leaves, lr=0.3)
+    x, target = randn(24, 33, seed=3, dtype=BF16), randn(24, 9, seed=4, dtype=F32)
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(step)
+        h = x
+        for weight, adapter, neuron in zip(weights, adapters, neurons, strict=True):
+            h = linear.spike_linear(h, weight, None, linear.Adapter(*adapter, *neuron, ALPHA, SCALING, dropout)).tanh()
+        loss = (h.float() - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, monkeypatch):
+    expected = train(12, dropout)
+    monkeypatch.setattr(linear, "_backend", lambda y, A: backend)
+    losses = train(12, dropout)
+
+    assert expected[-1] < 0.95 * expected[0]
+    # In bfloat16, which the interpreter cuts where torch rounds.
+    assert losses == pytest.approx(expected, abs=1e-2)
 
 
 def read_gate(backend, a, v_threshold, tau):
