@@ -150,7 +150,9 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias`; under autocast the weight is cast here and again backward, and no copy of it is kept."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if weight.dtype != x.dtype:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def _linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
