@@ -202,12 +202,17 @@ def test_values_exactly_on_the_threshold_fire(path):
 def test_the_gate_is_the_oracle_s_to_the_bit(dtype):
     generator = torch.Generator().manual_seed(0)
     a = torch.cat([torch.randn(500, 8, generator=generator), torch.tensor([[math.inf, -math.inf, math.nan, 0] * 2])])
-    for v_threshold in (-0.2, 0.0, 0.1, 0.3, math.nan):
+    for v_threshold in (-0.2, 0.0, 0.1, 0.3):
         for tau in (1.25, 2.0, 3.0):
             neuron = torch.tensor([v_threshold]), torch.tensor([tau])
             expected = spike_gate(a.to(dtype), *neuron, ALPHA)
             actual = torch_backend.gate(a.to(dtype), *neuron)
             torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_threshold_that_is_no_number_opens_no_gate():
+    a = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert not torch_backend.gate(a, torch.tensor([math.nan]), torch.tensor([2.0])).any()
 
 
 def test_infinite_activations_leave_the_gradients_finite():
@@ -254,6 +259,15 @@ class TestEvents:
         torch_backend.add_up_(y, a, B, torch.tensor([0.1]), torch.tensor([2.0]), SCALING)
         assert multiplied == rows
 
+    @pytest.mark.parametrize("r", [1, 7, 8, 64, 2048])
+    def test_firing_tokens_of_any_rank(self, r):
+        y, a, _ = self.sparse(0.2, r=r)
+        a[0], a[1] = -1, torch.where(torch.arange(r) == r - 1, 1.0, -1.0)
+        firing = torch_backend._firing_tokens(y, a, a > 0)
+        assert firing.tolist() == (a > 0).any(1).nonzero().squeeze(1).tolist()
+        assert 1 in firing
+        assert 0 not in firing
+
     def test_a_token_with_a_nan_is_not_silent(self):
         y, a, B = self.sparse(0.1)
         silent = (a < 0).all(1).nonzero()[0]
@@ -264,7 +278,7 @@ class TestEvents:
 
     def test_small_products_are_not_searched(self):
         y, a, _ = self.sparse(0.0, tokens=10)
-        assert torch_backend._firing_tokens(y, a) is None
+        assert torch_backend._firing_tokens(y, a, a > 0) is None
 
 
 class Made(TorchDispatchMode):

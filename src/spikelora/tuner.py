@@ -54,7 +54,8 @@ class SpikeLinearVariant(LoraVariant):
 
     @staticmethod
     def forward(module: "Linear", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        if adapter := choose(module, active_adapter, x).adapter:  # beside others, or for a part of the batch
+        adapter = choose(module, active_adapter, x).adapter
+        if adapter is not None:  # beside others, or for a part of the batch; the same as what follows, see `paths`
             return spike_branch(result, x, adapter, returns_private(module.base_layer))
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         gated = module.lora_gate[active_adapter](a)

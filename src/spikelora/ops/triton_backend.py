@@ -6,8 +6,8 @@ fourth kernel adds these in a fixed order. Nothing is added atomically, so that 
 """
 
 import torch
-import triton  # type: ignore
-import triton.language as tl  # type: ignore
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Block sizes are fixed rather than tuned: another choice would be another order of summation.
