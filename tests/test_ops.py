@@ -231,7 +231,7 @@ def test_infinite_activations_leave_the_gradients_finite():
 class TestEvents:
     """Skipping tokens whose gates are all silent."""
 
-    def sparse(self, share, tokens=300, out=300, r=8, dtype=torch.float32):
+    def sparse(self, share, tokens=600, out=500, r=8, dtype=torch.float32):
         """Activations of which the given share of tokens fires, and what they are added to."""
         generator = torch.Generator().manual_seed(0)
         a = torch.rand(tokens, r, generator=generator) + 0.3
@@ -240,7 +240,7 @@ class TestEvents:
         return torch.randn(tokens, out, generator=generator).to(dtype), a, B
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.34, 0.9, 1.0])
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.3, 0.9, 1.0])
     def test_equals_the_dense_product(self, share, dtype):
         y, a, B = self.sparse(share, dtype=dtype)
         neuron = torch.tensor([0.1]), torch.tensor([2.0])
@@ -248,7 +248,7 @@ class TestEvents:
         torch_backend.add_up_(y, a, B, *neuron, SCALING)
         torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
-    @pytest.mark.parametrize(("share", "rows"), [(0.0, []), (0.2, [60]), (0.9, [300])])
+    @pytest.mark.parametrize(("share", "rows"), [(0.0, []), (0.2, [120]), (0.9, [600])])
     def test_only_firing_tokens_are_multiplied(self, share, rows, monkeypatch):
         multiplied = []
         add_product_ = torch_backend._add_product_

@@ -15,11 +15,11 @@ from torch import Tensor
 # 256 rows of 1024 took the same time as a copy of the whole, blocks of 16 rows 2.5 times as long.
 _BLOCK = 2**18
 
-# Skipping silent tokens reads and writes single rows of y, the dense product streams through all of it. On two CPU
-# cores (float32, 128 to 1024 tokens, width 1024 and 4096) they break even at 35 to 45 % of the tokens firing for r = 8,
-# above 50 % for r = 64; looking for the firing tokens costs about 30 us, what the dense product of 64 * 1024 takes.
-_MAX_FIRING = 1 / 3
-_MIN_ELEMENTS = 2**16
+# Skipping silent tokens reads and writes single rows of y, the dense product streams through all of it. With the search
+# for the firing tokens, which takes a CPU tens of microseconds, the two break even (benchmarks/events, two cores, float32,
+# r = 8) at 24 % firing tokens for 1024 tokens of width 1024, at 33 % for width 4096, at 10 % for 128 tokens of width 1024.
+_MAX_FIRING = 1 / 4
+_MIN_ELEMENTS = 2**18
 
 
 def gate(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
