@@ -15,9 +15,9 @@ from torch import Tensor
 # 256 rows of 1024 took the same time as a copy of the whole, blocks of 16 rows 2.5 times as long.
 _BLOCK = 2**18
 
-# Skipping silent tokens reads and writes single rows of y, the dense product streams through all of it. With the search
-# for the firing tokens, which takes a CPU tens of microseconds, the two break even (benchmarks/events, two cores, float32,
-# r = 8) at 24 % firing tokens for 1024 tokens of width 1024, at 33 % for width 4096, at 10 % for 128 tokens of width 1024.
+# Skipping silent tokens reads and writes single rows of y, the dense product streams through all of it. With the
+# search for the firing tokens the two break even (benchmarks/events, two CPU cores, float32, r = 8) where 24 % of 1024
+# tokens fire in width 1024, 33 % in width 4096, and 10 % of 128 tokens in width 1024.
 _MAX_FIRING = 1 / 4
 _MIN_ELEMENTS = 2**18
 
