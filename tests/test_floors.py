@@ -22,8 +22,14 @@ FLOORS = {
     "_registration": 3,
     "__init__": 6,
 }
-# The registration names the classes that it registers; a configuration is loaded from an adapter's folder.
-SAME_FLOOR = {("_registration", "tuner"), ("config", "adapter_files")}
+# The registration names the classes that it registers; a configuration is loaded from an adapter's folder; the autograd
+# functions are made of a backend's products.
+SAME_FLOOR = {
+    ("_registration", "tuner"),
+    ("config", "adapter_files"),
+    ("ops.linear", "ops.torch_backend"),
+    ("ops.linear", "ops.triton_backend"),
+}
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 
 
@@ -77,8 +83,18 @@ def test_imports_are_absolute(module):
 @pytest.mark.parametrize("module", [module for module in MODULES if FLOORS.get(module, 0) <= 1])
 def test_the_arithmetic_needs_torch_alone(module):
     packages = {name.partition(".")[0] for name in imports(MODULES[module].read_text())}
+    kernels = {"triton"} if module == "ops.triton_backend" else set()
 
-    assert packages - sys.stdlib_module_names <= {"torch", "spikelora"}
+    assert packages - sys.stdlib_module_names <= {"torch", "spikelora"} | kernels
+
+
+def test_the_oracle_and_the_fast_paths_share_no_code():
+    fast = [module for module in MODULES if module.startswith("ops.")]
+    own = {module: {own_module(name) for name in imports(MODULES[module].read_text())} for module in [*fast, "neuron"]}
+
+    assert len(fast) == 4
+    assert not [module for module in fast if "neuron" in own[module]]
+    assert not [other for other in own["neuron"] if other in fast]
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if FLOORS.get(module, 0) < 4])

@@ -1,0 +1,106 @@
+"""What is timed is right first: results and all gradients by value, against the plain path and the transcription."""
+
+import math
+from statistics import median as median_of
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spikelora.paths import Path, force_path
+
+from .models import OURS, TRANSCRIPTION, Method
+
+
+class Tolerance(NamedTuple):
+    """Limits of relative errors: of the worst result, and of the median over all results."""
+
+    worst: float
+    median: float
+
+
+# Rounding turns a spike near its threshold now and then, and with it that token's part of a gradient. Where few tokens
+# fire, that is much of one gradient, but little of the others: the median is what shows a wrong factor. With a bfloat16
+# base all paths are about 0.1 away from float32.
+TOLERANCE = {torch.float32: Tolerance(2e-2, 1e-3), torch.bfloat16: Tolerance(0.25, 0.05)}
+
+
+class CheckError(Exception):
+    """Raised where a method does not compute what it should; none of its figures counts then."""
+
+
+def check_methods(methods: dict[str, Method], tokens: Tensor, prompt: Tensor, dtype: torch.dtype) -> float:
+    """Compare what a training step, a forward and a decode give; returns the largest relative error.
+
+    Raises:
+        CheckError: where SpikeLoRA differs from its own plain path or from the transcription.
+    """
+    # Forced, so that figures of another path do not pass for those of the fused one.
+    with force_path(Path.FUSED):
+        ours = _results(methods[OURS], tokens, prompt)
+    with force_path(Path.PLAIN):
+        plain = _results(methods[OURS], tokens, prompt)
+    errors = [compare(f"{OURS} and its plain path", ours, plain, dtype)]
+    if TRANSCRIPTION in methods:
+        transcription = _results(methods[TRANSCRIPTION], tokens, prompt)
+        errors.append(compare(f"{OURS} and the transcription", ours, transcription, dtype))
+    return max(errors)
+
+
+def check_layer(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
+    """The same for a single layer of SpikeLoRA, against its own plain path.
+
+    Raises:
+        CheckError: where they differ.
+    """
+    with force_path(Path.FUSED):
+        ours = _layer_results(layer, x)
+    with force_path(Path.PLAIN):
+        plain = _layer_results(layer, x)
+    return compare(f"{OURS} and its plain path", ours, plain, dtype)
+
+
+def compare(what: str, results: dict[str, Tensor], references: dict[str, Tensor], dtype: torch.dtype) -> float:
+    """Largest relative error; both have the same tensors, of a base in `dtype`.
+
+    Raises:
+        CheckError: where an error is above its tolerance, or not a number.
+    """
+    if results.keys() != references.keys():
+        raise CheckError(f"{what} differ in what they compute: {sorted(results.keys() ^ references.keys())}")
+    errors = {name: relative_error(results[name], references[name]) for name in references}
+    worst, median = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name])), median_of(errors.values())
+    if not (errors[worst] <= TOLERANCE[dtype].worst and median <= TOLERANCE[dtype].median):
+        raise CheckError(
+            f"{what} differ by {errors[worst]:.3g} of the norm in the {worst}, by {median:.3g} in the median of "
+            f"{len(errors)} results, where {TOLERANCE[dtype].worst:g} and {TOLERANCE[dtype].median:g} are allowed"
+        )
+    return errors[worst]
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """`|result - reference| / |reference|`, norms over all elements; infinite where only the reference is 0."""
+    difference = (result.double() - reference.double()).norm()
+    return 0.0 if difference == 0 else (difference / reference.double().norm()).item()
+
+
+def _results(method: Method, tokens: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+    loss = method.loss(tokens)
+    loss.backward()
+    gradients = {f"gradient of {name}": p.grad for name, p in method.trained().items()}
+    for p in method.trained().values():
+        p.grad = None
+    results = {"loss": loss.detach(), "logits": method.infer(tokens), "decoded logits": method.decoder(prompt)()}
+    return results | gradients
+
+
+def _layer_results(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output with and without gradients, and the gradients of the input, A and B for a fixed random weighting."""
+    leaf = x.detach().clone().requires_grad_()
+    y = layer(leaf)
+    weighting = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+    trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad((y * weighting).sum(), [leaf, *trained.values()])
+    with torch.no_grad():
+        outputs = {"output": y.detach(), "output without gradients": layer(x)}
+    return outputs | dict(zip(("gradient of x", *(f"gradient of {n}" for n in trained)), gradients, strict=True))

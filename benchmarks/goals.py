@@ -1,0 +1,89 @@
+"""What SpikeLoRA set out to reach, and whether the figures of a run reach it."""
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from .import_time import AFTER
+from .models import OURS
+from .sparsity import UP
+from .whole_model import INFERENCE, TRAINING
+
+
+class Goal(NamedTuple):
+    """An upper limit for one column of the only row of a table that has these values."""
+
+    text: str
+    limit: float
+    table: str
+    column: str
+    where: dict[str, Any]
+
+
+def goals(device: torch.device) -> list[Goal]:
+    return _on_cuda() if device.type == "cuda" else _on_cpu()
+
+
+def _on_cpu() -> list[Goal]:
+    goals = []
+    for style, step in (("OPT", 0.92), ("Llama", 0.95)):
+        model = {"style": style, "hidden": 1024, "layers": 3, "r": 8, "dtype": "float32", "method": OURS}
+        training, inference = model | {"quantity": TRAINING}, model | {"quantity": INFERENCE}
+        half = model | {"dtype": "bfloat16"}
+        goals += [
+            Goal(f"{style}: training step / LoRA's", step, "whole_model", "to_lora", training),
+            Goal(f"{style}: training step, overhead / LoRA's", 0.5, "whole_model", "overhead_share", training),
+            Goal(f"{style}: inference / LoRA's", 0.92, "whole_model", "to_lora", inference),
+            Goal(f"{style}: inference, overhead / LoRA's", 0.4, "whole_model", "overhead_share", inference),
+            Goal(f"{style}: training step / transcription's", 0.88, "whole_model", "to_transcription", training),
+            Goal(f"{style}: peak memory of a step / LoRA's", 1.0, "memory", "peak_to_lora", model),
+            Goal(f"{style}: peak memory of a step / LoRA's, bfloat16", 0.85, "memory", "peak_to_lora", half),
+        ]
+    up = {"quantity": UP, "method": OURS, "r": 8, "sparsity": 0.99}
+    return [
+        *goals,
+        Goal("up-projection at 99 % sparsity / at 0 %, r 8", 0.45, "sparsity", "to_dense", up),
+        # `import spikelora` begins with `import peft`. The difference of two processes that take seconds is noise.
+        Goal("import spikelora, more than import peft, ms", 50.0, "import_time", "milliseconds", {"what": AFTER}),
+    ]
+
+
+def _on_cuda() -> list[Goal]:
+    goals = []
+    for style in ("OPT", "Llama"):
+        for hidden in (2048, 4096):
+            model = {"style": style, "hidden": hidden, "r": 8, "dtype": "bfloat16", "method": OURS}
+            training, name = model | {"quantity": TRAINING}, f"{style} {hidden}"
+            goals += [
+                Goal(f"{name}: training step / LoRA's", 0.90, "whole_model", "to_lora", training),
+                Goal(f"{name}: training step, overhead / LoRA's", 0.4, "whole_model", "overhead_share", training),
+                Goal(f"{name}: peak memory of a step / LoRA's", 0.85, "memory", "peak_to_lora", model),
+            ]
+    return goals
+
+
+def judge(goals: list[Goal], tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The goals that have a figure in these tables, each with the figure, its quartiles if any, and the verdict."""
+    rows = []
+    for goal in goals:
+        if goal.table not in tables:
+            continue
+        table = tables[goal.table]
+        found = table[(table[list(goal.where)] == pd.Series(goal.where)).all(axis=1)]
+        for row in found.to_dict("records"):
+            rows.append({"table": goal.table, "goal": goal.text, "limit": goal.limit} | _verdict(goal, row))
+    return pd.DataFrame(rows)
+
+
+def _verdict(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
+    measured = row[goal.column]
+    lower, upper = (row.get(f"{goal.column}_{q}") for q in ("q25", "q75"))
+    notes = []
+    if goal.column == "overhead_share" and not row["lora_overhead_clear"]:
+        notes.append("LoRA's overhead is within noise")
+    if lower is not None and lower <= goal.limit < upper:
+        notes.append("the limit is within the quartiles")
+    # To the digits that are printed: a neuron's 8 bytes a layer do not make 300 MB more than as many.
+    verdict = "met" if round(measured, 3) <= goal.limit else "missed"
+    return {"measured": measured, "q25": lower, "q75": upper, "verdict": verdict, "note": ", ".join(notes)}

@@ -1,0 +1,231 @@
+"""The benchmarks: what they count is right, a wrong result stops them, and a run writes what it says."""
+
+import getpass
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from benchmarks import check, events, goals, measure, models, sparsity, whole_model
+from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.report import show
+from rich.console import Console
+
+from spikelora.ops import torch_backend
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+MACHINE = {"device", "cores", "threads", "python", "torch", "peft", "transformers", "spikingjelly", "spikelora", "date"}
+COLUMNS = {
+    "whole_model": {"style", "hidden", "r", "dtype", "quantity", "method", "rounds", "seconds", "seconds_q25"}
+    | {"seconds_q75", "to_lora", "to_base", "to_transcription", "overhead_share", "lora_overhead_clear", "error"},
+    "memory": {"method", "held_mb", "added_mb", "peak_mb", "peak_to_lora", "added_to_lora", "judged_by", "error"},
+    "sparsity": {"r", "quantity", "sparsity", "measured_sparsity", "firing_tokens", "seconds", "to_dense", "to_lora"},
+    "events": {"tokens", "width", "r", "firing_tokens", "dense_seconds", "event_driven_seconds", "to_dense"}
+    | {"max_firing", "min_elements"},
+    "one_layer": {"tokens", "width", "r", "quantity", "method", "seconds", "to_lora", "overhead_share", "error"},
+    "import_time": {"what", "rounds", "milliseconds", "milliseconds_q25", "milliseconds_q75"},
+}
+
+
+class TestMemory:
+    def test_of_known_tensors(self):
+        held = torch.zeros(1000)
+        kept = []
+
+        def call():
+            first = torch.empty(300_000, dtype=torch.float32)
+            second = torch.empty(100_000, dtype=torch.float64)
+            del first, second
+            kept.append(torch.empty(500_000, dtype=torch.float32))
+
+        memory = measure.peak_memory(call, [held, held.view(10, 100)], CPU)
+        assert memory == measure.Memory(held=4000, added=2_000_000)
+        assert memory.peak == 2_004_000
+
+    def test_what_a_backward_keeps(self):
+        """`exp` saves its output, its backward makes a gradient of the same size, and `sum` starts from 4 bytes."""
+        x = torch.zeros(1_000_000, requires_grad=True)
+        memory = measure.peak_memory(lambda: x.exp().sum().backward(), [x], CPU)
+        assert memory.held == 4_000_000
+        assert 8_000_000 <= memory.added <= 8_000_100
+
+
+class TestStatistics:
+    # Added to the base: LoRA 1, 1, 3 and SpikeLoRA 0.5, 0.8, 1.5.
+    times = pd.DataFrame({"base": [1.0, 1.0, 1.0], "LoRA": [2.0, 2.0, 4.0], "SpikeLoRA": [1.5, 1.8, 2.5]})
+
+    def test_a_ratio_is_taken_within_its_round(self):
+        ratios = measure.ratio(self.times, "SpikeLoRA", "LoRA")
+        assert list(ratios) == [0.75, 0.9, 0.625]
+        assert measure.spread(ratios, "to_lora") == {"to_lora": 0.75, "to_lora_q25": 0.6875, "to_lora_q75": 0.825}
+
+    def test_overhead_is_a_share_of_loras(self):
+        assert list(measure.overhead_share(self.times, "SpikeLoRA", "base", "LoRA")) == pytest.approx([0.5, 0.8, 0.5])
+
+    @pytest.mark.parametrize(
+        ("added", "clear"),
+        [([1.0, 1.0, 1.2], True), ([1.0, 1.0, 3.0], False), ([-1.0, -1.0, -1.0], False), ([0.1, 0.1, 0.1], False)],
+    )
+    def test_an_overhead_within_its_own_spread_is_not_clear(self, added, clear):
+        times = pd.DataFrame({"base": 6.0, "LoRA": [6 + a for a in added]})
+        assert measure.overhead_is_clear(times, "base", "LoRA") is clear
+
+    def test_rounds_are_interleaved(self):
+        called = []
+        calls = {name: lambda name=name: called.append(name) for name in "abc"}
+        times = measure.interleaved(calls, 8, CPU)
+        rounds = [tuple(called[k : k + 3]) for k in range(0, len(called), 3)]
+        assert len(rounds) == 9  # the first warms up
+        assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+        assert len(set(rounds)) > 1
+        assert times.shape == (8, 3)
+
+    @pytest.mark.parametrize(
+        ("ratios", "share"), [([0.5, 0.75, 1.25], 0.3), ([1.5, 2, 3], 0.0), ([0.1, 0.2, 0.9], float("inf"))]
+    )
+    def test_break_even(self, ratios, share):
+        assert events.break_even([0.0, 0.2, 0.4], ratios) == pytest.approx(share)
+
+    @pytest.mark.parametrize(("share", "silent"), [(0.0, 0), (0.5, 4), (0.75, 6)])
+    def test_a_threshold_silences_its_share(self, share, silent):
+        a = torch.tensor([[3.0, -1.0, 2.0, 0.5], [-2.0, 8.0, 1.0, 4.0]])
+        assert (a / 2 < sparsity.threshold_for(share, a)).sum() == silent
+
+    @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+    def test_a_share_of_the_tokens_fires(self, share):
+        a = events.activation(events.Size(40, 8, 4), share, torch.Generator().manual_seed(0))
+        assert (a > 0).any(1).sum() == 40 * share
+
+
+class TestGoals:
+    # Any number will do: a goal is compared with what is measured, never the other way round.
+    def table(self, ratio: float, share: float, clear: bool = True) -> dict[str, pd.DataFrame]:
+        row = {"style": "OPT", "hidden": 1024, "layers": 3, "r": 8, "dtype": "float32", "method": "SpikeLoRA"}
+        row |= {"quantity": "training step", "lora_overhead_clear": clear}
+        for column, value in (("to_lora", ratio), ("overhead_share", share), ("to_transcription", 0.5)):
+            row |= {column: value, f"{column}_q25": value - 0.01, f"{column}_q75": value + 0.01}
+        return {"whole_model": pd.DataFrame([row, row | {"hidden": 768, "to_lora": 0.1}])}
+
+    def test_missed_says_missed(self):
+        verdicts = goals.judge(goals.goals(CPU), self.table(0.921, 0.5)).set_index("goal")
+        assert verdicts.loc["OPT: training step / LoRA's", "verdict"] == "missed"
+        assert verdicts.loc["OPT: training step / LoRA's", "measured"] == 0.921
+        assert verdicts.loc["OPT: training step / transcription's", "verdict"] == "met"
+
+    def test_met_at_the_limit(self):
+        verdicts = goals.judge(goals.goals(CPU), self.table(0.92, 0.5))
+        assert list(verdicts["verdict"]) == ["met", "met", "met"]
+
+    def test_not_a_number_is_missed(self):
+        verdicts = goals.judge(goals.goals(CPU), self.table(float("nan"), 0.5))
+        assert verdicts["verdict"][0] == "missed"
+
+    def test_noise_is_said(self):
+        verdicts = goals.judge(goals.goals(CPU), self.table(0.8, 0.6, clear=False))
+        assert verdicts.set_index("limit").loc[0.5, "note"] == "LoRA's overhead is within noise"
+
+    def test_the_verdict_is_printed(self, capsys):
+        verdicts = goals.judge(goals.goals(CPU), self.table(0.99, 0.5))
+        show({}, verdicts, {"device": "a machine"}, Console(width=140, markup=False))
+        line = next(line for line in capsys.readouterr().out.splitlines() if "training step / LoRA's" in line)
+        assert "0.92" in line
+        assert "0.99" in line
+        assert "missed" in line
+
+
+class TestAWrongResult:
+    @pytest.fixture
+    def wrong_scaling(self, monkeypatch):
+        add_up_ = torch_backend.add_up_
+
+        def wrong(y, a, B, v_threshold, tau, scaling):
+            add_up_(y, a, B, v_threshold, tau, 1.1 * scaling)
+
+        monkeypatch.setattr(torch_backend, "add_up_", wrong)
+
+    @pytest.mark.parametrize("benchmark", ["whole_model", "sparsity", "events", "one_layer"])
+    def test_of_ours_stops_the_run_without_a_figure(self, benchmark, wrong_scaling, tmp_path, capsys):
+        assert main(["--quick", "--only", benchmark, "--output", str(tmp_path)]) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert "a result is wrong" in output.err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_of_the_transcription_stops_it_too(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(models, "TAU", 2.5)
+        assert main(["--quick", "--only", "whole_model", "--output", str(tmp_path)]) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert "SpikeLoRA and the transcription differ" in output.err
+
+    @pytest.mark.parametrize("wrong", [float("nan"), 1.03])
+    def test_tolerances(self, wrong):
+        results = {name: torch.ones(5) for name in "abc"}
+        assert check.compare("x and y", results, results, torch.float32) == 0
+        with pytest.raises(check.CheckError, match=r"x and y differ by .* in the b"):
+            check.compare("x and y", results | {"b": torch.full((5,), wrong)}, results, torch.float32)
+
+    def test_a_factor_on_everything_is_seen_in_the_median(self):
+        results = {name: torch.ones(5) for name in "abc"}
+        with pytest.raises(check.CheckError, match="in the median of 3"):
+            check.compare("x and y", {k: 1.005 * v for k, v in results.items()}, results, torch.float32)
+
+
+def test_methods_share_the_base_and_the_adapter():
+    base = models.base_model("Llama", 64, 1, torch.float32, CPU)
+    built = models.methods(base, 4)
+    tensors = {name: dict(method.model.named_parameters()) for name, method in built.items()}
+    ours = tensors[models.OURS]
+    trained = built[models.OURS].trained()
+    assert len(trained) == 2 * 7  # A and B of 7 linear layers; the head has none
+    for name in (models.LORA, models.TRANSCRIPTION):
+        assert built[name].trained().keys() == trained.keys()
+        assert all(torch.equal(p, ours[key]) for key, p in tensors[name].items())
+    assert all(p.count_nonzero() for p in trained.values())
+    assert not built[models.BASE].trained()
+
+
+def test_the_headline_has_nine_rounds():
+    cells = [cell for cell in whole_model._cpu() if cell.hidden == 1024 and cell.r == 8 and cell.dtype == torch.float32]
+    assert {cell.style for cell in cells} == {"OPT", "Llama"}
+    assert all(cell.rounds >= 9 for cell in cells)
+
+
+def test_quick_does_not_replace_the_real_figures(capsys):
+    with pytest.raises(SystemExit):
+        main(["--quick"])
+    assert "--quick needs --output" in capsys.readouterr().err
+
+
+def test_a_quick_run(tmp_path):
+    # One thread: such sizes are all start of threads, which takes very long where others use the cores.
+    command = [sys.executable, "-W", "error", "-m", "benchmarks", "--quick", "--output", str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.stem for path in tmp_path.glob("*.csv")} == {*COLUMNS, "goals"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"whole_model", "sparsity", "events", "one_layer"}
+    for name, columns in COLUMNS.items():
+        table = pd.read_csv(tmp_path / f"{name}.csv")
+        assert len(table)
+        assert columns | MACHINE <= set(table.columns)
+    assert set(pd.read_csv(tmp_path / "whole_model.csv")["method"]) == set(models.METHODS)
+    assert set(BENCHMARKS) <= set(COLUMNS)
+    written = "".join(path.read_text() for path in tmp_path.glob("*.csv"))
+    for private in (platform.node(), str(Path.home()), str(ROOT)):
+        assert private not in written
+    assert getpass.getuser() not in pd.read_csv(tmp_path / "memory.csv").astype(str).to_numpy()
+    for title in (
+        "Whole model, training step",
+        "Peak memory",
+        "Cost against sparsity",
+        "Skipping silent tokens",
+        "Goals",
+    ):
+        assert title in result.stdout
