@@ -47,7 +47,7 @@ def write(tables: dict[str, pd.DataFrame], goals: pd.DataFrame, machine: dict[st
     """One CSV file per table. Goals judged by tables that are not in this run stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
-        table.assign(**machine).to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+        table.assign(**machine).to_csv(folder / f"{name}.csv", index=False, float_format="%.9g")
     path = folder / "goals.csv"
     if goals.empty:
         return
@@ -55,7 +55,7 @@ def write(tables: dict[str, pd.DataFrame], goals: pd.DataFrame, machine: dict[st
     if path.exists():
         before = pd.read_csv(path)
         goals = pd.concat([before[~before["table"].isin(tables)], goals])
-    goals.to_csv(path, index=False, float_format="%.6g")
+    goals.to_csv(path, index=False, float_format="%.9g")
 
 
 def show(tables: dict[str, pd.DataFrame], goals: pd.DataFrame, machine: dict[str, object], console: Console) -> None:
