@@ -20,6 +20,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"spikelora-{spikelora.__version__}.dist-info/METADATA").decode()
-    assert names == {f"spikelora/{path.name}" for path in (ROOT / "src" / "spikelora").iterdir() if path.is_file()}
+    files = [path for path in (ROOT / "src" / "spikelora").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert names == {path.relative_to(ROOT / "src").as_posix() for path in files}
     assert "spikelora/py.typed" in names
     assert "License-Expression: Apache-2.0" in metadata
