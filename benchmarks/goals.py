@@ -83,6 +83,5 @@ def _verdict(goal: Goal, row: dict[str, Any]) -> dict[str, Any]:
         notes.append("LoRA's overhead is within noise")
     if lower is not None and lower <= goal.limit < upper:
         notes.append("the limit is within the quartiles")
-    # To the digits that are printed: a neuron's 8 bytes a layer do not make 300 MB more than as many.
-    verdict = "met" if round(measured, 3) <= goal.limit else "missed"
+    verdict = "met" if measured <= goal.limit else "missed"
     return {"measured": measured, "q25": lower, "q75": upper, "verdict": verdict, "note": ", ".join(notes)}
