@@ -100,6 +100,19 @@ def test_float32(path, tokens, r):
     assert_same(run(path, t), expected, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("r", [1, 7, 8, 63])
+@pytest.mark.parametrize(("n_tokens", "n_threads"), [(128, 1), (256, 2), (389, 3)])
+@pytest.mark.parametrize("path", PATHS)
+def test_many_tokens_on_several_threads(path, n_tokens, n_threads, r, monkeypatch):
+    shared, inner = [], torch_backend._shared_sum
+    monkeypatch.setattr(torch_backend, "_shared_sum", lambda c, x: shared.append(c.shape[0]) or inner(c, x))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    t = tensors((n_tokens,), 37, 20, r)
+    expected = {name: v.float() for name, v in run(oracle, {name: v.double() for name, v in t.items()}).items()}
+    assert_same(run(path, t), expected, rtol=1e-5, atol=3e-6)
+    assert shared == [n_tokens] * (2 if n_threads > 1 and r < 63 else 0)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_float64(path):
     t = tensors((40,), 30, 20, 8, torch.float64)

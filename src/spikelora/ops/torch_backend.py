@@ -21,6 +21,14 @@ _BLOCK = 2**18
 _MAX_FIRING = 1 / 4
 _MIN_ELEMENTS = 2**18
 
+# The BLAS of a CPU is made for squarer products than those with r columns. On two cores, 512 tokens of 1024 features in
+# float32: with B copied to the layout of A, which for few tokens is not worth it, `grad_y @ B` takes 0.19 ms for 0.35
+# at r = 8 and 0.10 for 0.37 at r = 4, but 0.25 for 0.22 at r = 12. A sum over tokens where each thread has tokens of
+# its own, in place of features, takes 0.13 ms for 0.17 at r = 8, 0.18 for 0.21 at r = 16, and no less in other dtypes.
+_MAX_COPIED_RANK = 8
+_MAX_SHARED_RANK = 32
+_MIN_TOKENS = 128  # of one product, or of one thread
+
 
 def gate(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
     """`gated = a * (a / tau >= v_threshold)`, shaped like `a (N, r)`."""
@@ -29,6 +37,8 @@ def gate(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
 
 def down(x: Tensor, A: Tensor) -> Tensor:
     """`a = x @ A.T`, `(N, r)` in the dtype of `A`."""
+    if x.is_cpu and A.shape[0] <= _MAX_COPIED_RANK and x.shape[0] >= _MIN_TOKENS:
+        A = A.contiguous()
     if x.dtype == A.dtype:
         return torch.mm(x, A.t())
     a = A.new_empty(x.shape[0], A.shape[0])
@@ -150,8 +160,24 @@ def _add_product_(y: Tensor, c: Tensor, weight: Tensor, scale: float) -> None:
 def _sum_over_tokens(c: Tensor, x: Tensor) -> Tensor:
     """`c.T @ x`, `(r, features)` in the dtype of `c (N, r)`; 6 times faster on a CPU than `x.T @ c` where r is 8."""
     if x.dtype == c.dtype:
-        return torch.mm(c.t(), x)
+        return _shared_sum(c, x) if _is_shared(c) else torch.mm(c.t(), x)
     total = c.new_zeros(c.shape[1], x.shape[1])
     for rows in _blocks(x):
         total.addmm_(c[rows].t(), x[rows].to(c.dtype))
     return total
+
+
+def _is_shared(c: Tensor) -> bool:
+    if not c.is_cpu or c.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    n_threads = torch.get_num_threads()
+    return n_threads > 1 and c.shape[1] <= _MAX_SHARED_RANK and c.shape[0] >= _MIN_TOKENS * n_threads
+
+
+def _shared_sum(c: Tensor, x: Tensor) -> Tensor:
+    """`c.T @ x` with as many tokens for each thread, and what is left of them behind."""
+    n_threads = torch.get_num_threads()
+    rest = c.shape[0] % n_threads
+    parts_of_c, parts_of_x = (t[rest:].unflatten(0, (n_threads, -1)) for t in (c, x))
+    total = torch.bmm(parts_of_c.transpose(1, 2), parts_of_x).sum(0)
+    return total.addmm_(c[:rest].t(), x[:rest]) if rest else total
