@@ -147,14 +147,11 @@ def _firing_tokens(y: Tensor, a: Tensor, spikes: Tensor) -> Tensor | None:
 
 def _add_product_(y: Tensor, c: Tensor, weight: Tensor, scale: float) -> None:
     """`y (N, features) += scale * c (N, r) @ weight (features, r).T`."""
-    # Transposed, which changes nothing but the kernel: the BLAS of a CPU is up to 1.4 times faster so where r is small.
     if y.dtype == c.dtype:
-        y.t().addmm_(weight, c.t(), alpha=scale)
+        y.addmm_(c, weight.t(), alpha=scale)
         return
     for rows in _blocks(y):
-        block = y[rows].to(c.dtype)
-        block.t().addmm_(weight, c[rows].t(), alpha=scale)
-        y[rows] = block
+        y[rows] = y[rows].to(c.dtype).addmm_(c[rows], weight.t(), alpha=scale)
 
 
 def _sum_over_tokens(c: Tensor, x: Tensor) -> Tensor:
