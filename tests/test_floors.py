@@ -9,6 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "spikelora"
 FLOORS = {
     "errors": 0,
+    "quantiles": 0,
     "neuron": 0,
     "ops.__init__": 0,
     "ops.linear": 0,
@@ -16,15 +17,20 @@ FLOORS = {
     "ops.triton_backend": 0,
     "gate": 1,
     "adapter_files": 2,
+    "observe": 2,
     "paths": 2,
+    "sparsity": 2,
     "config": 2,
     "tuner": 3,
     "_registration": 3,
+    "adapt": 4,
+    "callbacks": 4,
     "__init__": 6,
 }
 # The registration names the classes that it registers; a configuration is loaded from an adapter's folder; the autograd
-# functions are made of a backend's products.
+# functions are made of a backend's products; the meter observes.
 SAME_FLOOR = {
+    ("sparsity", "observe"),
     ("_registration", "tuner"),
     ("config", "adapter_files"),
     ("ops.linear", "ops.torch_backend"),

@@ -49,6 +49,9 @@ class SpikeLoraConfig(LoraConfig):
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
+        target_sparsity: share of silent activations, between 0 and 1, at which a `SparsityControlCallback` holds each
+            module during training by its threshold; without one it does nothing.
+        target_tolerance: how far from the target the adapter may end before the callback warns.
 
     Raises:
         SpikeLoraError: for a value out of range, or an option of LoRA that contradicts the gate.
@@ -68,6 +71,13 @@ class SpikeLoraConfig(LoraConfig):
     threshold_pattern: dict[str, float] = field(
         default_factory=dict,
         metadata={"help": "Thresholds by module name or regular expression, matched like `rank_pattern`."},
+    )
+    target_sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Share of silent activations that SparsityControlCallback holds, between 0 and 1."},
+    )
+    target_tolerance: float = field(
+        default=0.01, metadata={"help": "Distance from target_sparsity from which the callback warns at the end."}
     )
 
     def __post_init__(self) -> None:
@@ -96,6 +106,15 @@ class SpikeLoraConfig(LoraConfig):
             key: _finite(f"threshold_pattern[{key!r}]", value)
             for key, value in _patterns("threshold_pattern", self.threshold_pattern).items()
         }
+        self.target_tolerance = _finite("target_tolerance", self.target_tolerance)
+        if not 0 < self.target_tolerance < 1:
+            raise SpikeLoraError(f"`target_tolerance` must lie between 0 and 1, got {self.target_tolerance}; try 0.01.")
+        if self.target_sparsity is not None:
+            check_target("target_sparsity", self.target_sparsity)
+            if self.learn_threshold:
+                raise SpikeLoraError(
+                    "`target_sparsity` sets the thresholds that `learn_threshold` would train; drop one."
+                )
 
     def _check_low_rank(self) -> None:
         for name, rank in self._everywhere("r", "rank_pattern"):
@@ -170,6 +189,15 @@ class SpikeLoraConfig(LoraConfig):
         if folder.is_dir():
             # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
             check_weights(folder, needed=self.inference_mode)
+
+
+def check_target(name: str, target: Any) -> None:
+    """Raise a `SpikeLoraError` unless a target sparsity lies between 0 and 1."""
+    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
+        raise SpikeLoraError(
+            f"`{name}` must be a share of silent activations between 0 and 1, both excluded, got {target!r}; 0.9 is a "
+            "usual one."
+        )
 
 
 def _finite(name: str, value: Any) -> float:

@@ -1,5 +1,7 @@
 """The gate of one adapter in one layer, its threshold and time constant as tensors."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +28,11 @@ class SpikeGate(nn.Module):
         self.surrogate_alpha = surrogate_alpha
         self.learn_threshold = learn_threshold
         self.learn_tau = learn_tau
+        self.observers: tuple[Callable[[Tensor], None], ...] = ()  # called with `a` in every forward, see `observe`
 
     def forward(self, a: Tensor) -> Tensor:
+        for observe in self.observers:
+            observe(a)
         return spike_gate(a, *self.neuron(), self.surrogate_alpha)
 
     def spikes(self, a: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
@@ -84,6 +85,8 @@ def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
         if _is_hooked(part):
             return Choice(Path.PLAIN, f"`{name}` has hooks")
     lora_A, lora_B, dropout, gate = parts
+    if gate.observers and torch.compiler.is_compiling():
+        return Choice(Path.PLAIN, "it is observed, which a compiler has to leave its graph for")
     v_threshold, tau = gate.neuron()
     adapter = Adapter(
         A=lora_A.weight,
@@ -93,6 +96,7 @@ def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
         surrogate_alpha=gate.surrogate_alpha,
         scaling=layer.scaling[adapter_name],
         dropout=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+        observers=gate.observers,
     )
     reason = _why_plain(layer, lora_A, lora_B, adapter, x)
     if reason:

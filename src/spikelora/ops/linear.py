@@ -8,6 +8,7 @@ from `x`, `a` and the dropout's mask.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
@@ -27,7 +28,7 @@ class Adapter(NamedTuple):
     """The tensors and numbers of one adapter in one layer.
 
     `A (r, in)` and `B (out, r)` share a dtype, `v_threshold (1,)` and `tau (1,)` are float32, and `dropout` is the
-    probability in force now: 0 in evaluation.
+    probability in force now: 0 in evaluation. `observers` are called with `a (N, r)`.
     """
 
     A: Tensor
@@ -37,6 +38,7 @@ class Adapter(NamedTuple):
     surrogate_alpha: float
     scaling: float
     dropout: float
+    observers: tuple[Callable[[Tensor], None], ...] = ()
 
 
 def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
@@ -174,12 +176,14 @@ def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tenso
     if adapter.dropout:
         x, mask = torch.native_dropout(x, adapter.dropout, True)
     a = backend.down(x, adapter.A)
+    for observe in adapter.observers:
+        observe(a)
     backend.add_up_(y, a, adapter.B, adapter.v_threshold, adapter.tau, adapter.scaling)
     return a, mask
 
 
 def _save(ctx, x: Tensor, a: Tensor, mask: Tensor | None, adapter: tuple, *more: Tensor) -> None:
-    A, B, v_threshold, tau, *ctx.numbers = adapter
+    A, B, v_threshold, tau, *ctx.numbers, _ = adapter
     ctx.x_dtype = x.dtype
     ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau, *more)
 
@@ -199,7 +203,7 @@ def _adapter_backward(ctx, grad_y: Tensor, grad_x: Tensor | None, saved: tuple, 
         part = torch.zeros_like(grad_x)
         backend.add_down_backward_x_(part, grad_a, A)
         grad_x.add_(part.mul_(mask), alpha=kept)
-    return grad_A, *grads, None, None, None
+    return grad_A, *grads, None, None, None, None
 
 
 def _backend(y: Tensor, A: Tensor) -> ModuleType:

@@ -1,0 +1,158 @@
+"""Looking at the low-rank activations of a model while it runs, each token with its place in the attention mask."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spikelora.errors import SpikeLoraError
+from spikelora.gate import SpikeGate
+
+
+class Gated(NamedTuple):
+    """One adapter's gate in one module, the module by its name in the model that was adapted."""
+
+    module: str
+    adapter: str
+    gate: SpikeGate
+    layer: nn.Module
+
+
+# Called with `a (N, r)` and, where the attention mask is known, which of the N tokens are no padding.
+Observer = Callable[[Gated, Tensor, Tensor | None], None]
+
+
+def gates(model: nn.Module) -> list[Gated]:
+    """All gates of a model.
+
+    Raises:
+        SpikeLoraError: where there are none.
+    """
+    found = []
+    for name, gate in model.named_modules():
+        if isinstance(gate, SpikeGate):
+            layer, _, adapter = name.rpartition(".lora_gate.")
+            module = layer.removeprefix("base_model.model.")
+            found.append(Gated(module, adapter, gate, model.get_submodule(layer)))
+    if not found:
+        raise SpikeLoraError(
+            f"This {type(model).__name__} has no spiking adapter: put one on it with "
+            "`get_peft_model(model, SpikeLoraConfig(...))`, or load one with `PeftModel.from_pretrained`."
+        )
+    return found
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Call the observer with every low-rank activation that a gate sees, however its layer computes.
+
+    What gradient checkpointing computes a second time, in the backward, is not shown again.
+    """
+    found = gates(model)
+    with ExitStack() as stack, token_masks(model) as masks:
+        seen: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = {}
+
+        def note_mask(layer: nn.Module, args: tuple) -> None:
+            seen[layer] = (masks.of(args[0]) if args else None, _adapter_names(layer))
+
+        @torch.compiler.disable
+        @torch.no_grad()
+        def show(gated: Gated, a: Tensor) -> None:
+            if torch._C._current_graph_task_id() != -1:  # in a backward
+                return
+            mask, names = seen.get(gated.layer, (None, None))
+            if mask is not None and names is not None:  # a batch whose rows have adapters of their own
+                mask = mask[[row for row, name in enumerate(names) if name == gated.adapter]]
+            observer(gated, a.detach().flatten(0, -2), None if mask is None else mask.flatten())
+
+        for layer in {gated.layer for gated in found}:
+            stack.callback(layer.register_forward_pre_hook(note_mask).remove)
+        for gated in found:
+            show_gate = partial(show, gated)
+            gated.gate.observers += (show_gate,)
+            stack.callback(_forget, gated.gate, show_gate)
+        yield
+
+
+def _forget(gate: SpikeGate, observer: Callable[[Tensor], None]) -> None:
+    gate.observers = tuple(other for other in gate.observers if other is not observer)
+
+
+def _adapter_names(layer: nn.Module) -> list[str] | None:
+    """The adapter of each row of the batch, which PEFT hands to a layer in a hook of its own."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, partial) and "adapter_names" in hook.keywords:
+            return hook.keywords["adapter_names"]
+    return None
+
+
+class _Scope(NamedTuple):
+    """The masks in force inside one module that was given any."""
+
+    mask: Tensor | None
+    encoder_states: Tensor | None
+    encoder_mask: Tensor | None
+    is_cached: bool
+
+
+class TokenMasks:
+    """The attention masks of the modules that run now, outermost first."""
+
+    def __init__(self) -> None:
+        self._scopes: list[_Scope] = []
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """Which tokens of a module's input `x (..., in)` are no padding, boolean `(batch, tokens)`; None if unknown."""
+        if not self._scopes:
+            return None
+        scope = self._scopes[-1]
+        states, mask = scope.encoder_states, scope.mask
+        if states is not None and x.shape == states.shape and x.data_ptr() == states.data_ptr():
+            mask = scope.encoder_mask  # keys and values of cross-attention are made from the encoder's tokens
+        if mask is None:
+            return None
+        if scope.is_cached and x.dim() == 3 and x.shape[0] == mask.shape[0]:
+            mask = mask[:, -x.shape[1] :]  # behind a cache the newest tokens are computed alone
+        if mask.numel() != x.shape[:-1].numel():
+            return None
+        return mask.to(x.device, torch.bool)
+
+    def enter(self, signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take the masks that a module is called with; one that is given none is in the scope of those around it."""
+        try:
+            given = signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            given = kwargs
+        outer = self._scopes[-1] if self._scopes else _Scope(None, None, None, False)
+        mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
+        scope = outer._replace(is_cached=outer.is_cached or given.get("past_key_values") is not None)
+        if states is not None and states is not outer.encoder_states:
+            # A decoder: what is outside is the encoder's.
+            scope = scope._replace(mask=None, encoder_states=states, encoder_mask=given.get("encoder_attention_mask"))
+        if "decoder_attention_mask" in signature.parameters:
+            # Encoder and decoder in one: it hands the encoder its mask, and what it runs itself are decoder tokens.
+            scope, mask = scope._replace(mask=None), given.get("decoder_attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            scope = scope._replace(mask=mask)
+        self._scopes.append(scope)
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._scopes.pop()
+
+
+@contextmanager
+def token_masks(model: nn.Module) -> Iterator[TokenMasks]:
+    """Follow the attention masks through a model: each part has those of the nearest module that was given them."""
+    masks = TokenMasks()
+    with ExitStack() as stack:
+        for module in model.modules():
+            signature = inspect.signature(module.forward)
+            if "attention_mask" in signature.parameters:
+                enter = partial(masks.enter, signature)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(masks.leave, always_call=True).remove)
+        yield masks

@@ -1,0 +1,210 @@
+"""How sparse a model's adapters are, measured over everything that runs."""
+
+import math
+import re
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spikelora.observe import Gated, gates, observing
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Shares of what ran, between 0 and 1; NaN where no token did.
+
+    Attributes:
+        sparsity: silent elements of `gated`, those without a spike.
+        silent_tokens: tokens without any spike in a module.
+        zero_threshold_sparsity: elements that would be silent at `v_threshold = 0`, which is mere rectification.
+        tokens: count of tokens, once for each module that they reached; padding is left out where a mask was given.
+    """
+
+    sparsity: float
+    silent_tokens: float
+    zero_threshold_sparsity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ModuleSparsity(Sparsity):
+    """The same of one adapter in one module.
+
+    Attributes:
+        module: its name in the model that was adapted.
+        adapter: name of the adapter.
+        layer: the name up to its first number, such as `model.layers.0`; empty where it has none.
+        kind: the last part of the name, such as `q_proj`.
+        v_threshold: firing threshold when it was reported.
+        tau: membrane time constant when it was reported.
+        firing_rates: share of the tokens at which each rank spiked, of length r.
+        dead_ranks: the ranks that never spiked.
+    """
+
+    module: str
+    adapter: str
+    layer: str
+    kind: str
+    v_threshold: float
+    tau: float
+    firing_rates: tuple[float, ...]
+    dead_ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SparsityReport(Sparsity):
+    """What a `SparsityMeter` measured: overall, and by module, kind of module and layer.
+
+    `modules` has the names of the modules as keys, or `<module>.<adapter>` where several adapters ran.
+    """
+
+    modules: dict[str, ModuleSparsity]
+    kinds: dict[str, Sparsity]
+    layers: dict[str, Sparsity]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dicts, lists and numbers, for JSON."""
+        return asdict(self)
+
+    def to_pandas(self) -> "DataFrame":
+        """One row per module and adapter; needs pandas."""
+        from pandas import DataFrame
+
+        return DataFrame([asdict(module) for module in self.modules.values()])
+
+
+class SparsityMeter:
+    """Measures the sparsity of all spiking adapters of a model, over everything that runs inside its context.
+
+        with SparsityMeter(model) as meter:
+            trainer.evaluate()
+        print(meter.report().sparsity)
+
+    It counts tokens that are no padding by the attention masks that the model and its encoder and decoder are called
+    with; where there is none, or its shape is not that of a module's tokens, every token counts. What gradient
+    checkpointing computes again is counted once, what a module computes twice in a forward twice. The numbers that the
+    model computes stay the same to the bit.
+
+    Args:
+        model: a model with spiking adapters.
+        training: count the modules in training mode only (True), in evaluation mode only (False) or both (None).
+
+    Raises:
+        SpikeLoraError: where the model has no spiking adapter.
+    """
+
+    def __init__(self, model: nn.Module, training: bool | None = None) -> None:
+        self._model = model
+        self._training = training
+        self._gated = {(gated.module, gated.adapter): gated for gated in gates(model)}
+        self._counts: dict[tuple[str, str], Tensor] = {}
+        self._context = ExitStack()
+
+    def __enter__(self) -> "SparsityMeter":
+        self._context.enter_context(observing(self._model, self._count))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.close()
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._counts.clear()
+
+    def report(self) -> SparsityReport:
+        """What was measured so far; asked for inside the context or after it.
+
+        In a distributed run the counts of all processes are added up, so that every process has to ask.
+        """
+        keys = sorted(self._gated)
+        counts = dict(
+            zip(keys, _of_all_processes([self._counts.get(k, self._no_counts(k)) for k in keys]), strict=True)
+        )
+        ran = {adapter for (_, adapter), seen in counts.items() if seen[-1]} or {adapter for _, adapter in keys}
+        return _report([(self._gated[key], seen) for key, seen in counts.items() if key[1] in ran], len(ran) > 1)
+
+    def _no_counts(self, key: tuple[str, str]) -> Tensor:
+        gated = self._gated[key]
+        layer: Any = gated.layer
+        return torch.zeros(layer.r[gated.adapter] + 3, dtype=torch.int64, device=gated.gate.tau.device)
+
+    def _count(self, gated: Gated, a: Tensor, mask: Tensor | None) -> None:
+        if self._training is not None and gated.gate.training is not self._training:
+            return
+        spikes, rectified = gated.gate.spikes(a), ~(a >= 0)
+        silent = ~spikes.any(1)
+        tokens = torch.full((1,), a.shape[0], device=a.device)
+        if mask is not None:
+            spikes, rectified, silent = spikes & mask[:, None], rectified & mask[:, None], silent & mask
+            tokens = mask.sum().view(1)
+        # By rank: spikes; then elements silent at 0, silent tokens, tokens. One tensor, nothing waits for the device.
+        counts = torch.cat((spikes.sum(0), rectified.sum().view(1), silent.sum().view(1), tokens))
+        key = gated.module, gated.adapter
+        self._gated.setdefault(key, gated)
+        # Added out of place: what is made in inference mode cannot be changed outside of it.
+        self._counts[key] = self._counts[key] + counts if key in self._counts else counts
+
+
+def _of_all_processes(counts: list[Tensor]) -> list[list[int]]:
+    """The counts as numbers, added up over the processes of a distributed run; waits for the device once."""
+    flat = torch.cat([c.to(counts[0].device) for c in counts])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flat)
+    numbers = iter(flat.tolist())
+    return [[next(numbers) for _ in range(len(c))] for c in counts]
+
+
+def _report(counted: list[tuple[Gated, list[int]]], several_adapters: bool) -> SparsityReport:
+    modules, kinds, layers = {}, defaultdict(list), defaultdict(list)
+    for gated, counts in counted:
+        *spikes, _, _, tokens = counts
+        layer, kind = _place(gated.module)
+        kinds[kind].append(counts)
+        layers[layer].append(counts)
+        modules[f"{gated.module}.{gated.adapter}" if several_adapters else gated.module] = ModuleSparsity(
+            **_shares([counts]),
+            module=gated.module,
+            adapter=gated.adapter,
+            layer=layer,
+            kind=kind,
+            v_threshold=gated.gate.v_threshold.item(),
+            tau=gated.gate.neuron()[1].item(),
+            firing_rates=tuple(_share(n, tokens) for n in spikes),
+            dead_ranks=tuple(rank for rank, n in enumerate(spikes) if tokens and not n),
+        )
+    return SparsityReport(
+        **_shares([counts for _, counts in counted]),
+        modules=modules,
+        kinds={kind: Sparsity(**_shares(counts)) for kind, counts in kinds.items()},
+        layers={layer: Sparsity(**_shares(counts)) for layer, counts in layers.items()},
+    )
+
+
+def _shares(all_counts: list[list[int]]) -> dict[str, Any]:
+    """The fields of `Sparsity`, over all modules whose counts are given."""
+    spikes = sum(sum(counts[:-3]) for counts in all_counts)
+    elements = sum((len(counts) - 3) * counts[-1] for counts in all_counts)
+    rectified, silent, tokens = (sum(counts[k] for counts in all_counts) for k in (-3, -2, -1))
+    return {
+        "sparsity": 1 - _share(spikes, elements),
+        "silent_tokens": _share(silent, tokens),
+        "zero_threshold_sparsity": _share(rectified, elements),
+        "tokens": tokens,
+    }
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def _place(module: str) -> tuple[str, str]:
+    """Layer and kind of a module: `model.layers.0.self_attn.q_proj` is a `q_proj` of `model.layers.0`."""
+    numbered = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
+    return numbered[0] if numbered else "", module.rpartition(".")[2]
