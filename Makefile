@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[example,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[example,report,dev]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps spikingjelly "triton; sys_platform == 'linux'"
 	$(BIN)/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
 	touch $(READY)

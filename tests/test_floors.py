@@ -25,16 +25,33 @@ FLOORS = {
     "_registration": 3,
     "adapt": 4,
     "callbacks": 4,
+    "cli": 5,
+    "calibration_text": 5,
+    "report": 5,
+    "report_figures": 5,
+    "report_html": 5,
+    "report_tables": 5,
     "__init__": 6,
 }
 # The registration names the classes that it registers; a configuration is loaded from an adapter's folder; the autograd
-# functions are made of a backend's products; the meter observes.
+# functions are made of a backend's products; the meter observes; a report is read, drawn and written, and the command
+# does all of that.
 SAME_FLOOR = {
     ("sparsity", "observe"),
     ("_registration", "tuner"),
     ("config", "adapter_files"),
     ("ops.linear", "ops.torch_backend"),
     ("ops.linear", "ops.triton_backend"),
+    ("report_figures", "report"),
+    ("report_html", "report"),
+    ("report_html", "report_figures"),
+    ("report_tables", "report"),
+    ("report_tables", "report_figures"),
+    ("report_tables", "report_html"),
+    ("cli", "calibration_text"),
+    ("cli", "report"),
+    ("cli", "report_html"),
+    ("cli", "report_tables"),
 }
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 

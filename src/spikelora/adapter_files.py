@@ -33,8 +33,12 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 """
 
 
-def check_weights(folder: Path, needed: bool) -> None:
-    """Raise a `SpikeLoraError` where the weights in a local adapter folder are missing, damaged or incomplete."""
+def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
+    """The weights in a local adapter folder, none where there is no file and none is needed.
+
+    Raises:
+        SpikeLoraError: where they are missing, damaged or incomplete.
+    """
     readers = {
         SAFETENSORS_WEIGHTS_NAME: load_file,
         WEIGHTS_NAME: lambda path: torch.load(path, map_location="cpu", weights_only=True),
@@ -46,12 +50,13 @@ def check_weights(folder: Path, needed: bool) -> None:
             except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
                 raise SpikeLoraError(f"{folder / name} is damaged ({error}); copy or save it again.") from error
             check_tensors(tensors)
-            return
+            return tensors
     if needed:
         raise SpikeLoraError(
             f"{folder} holds the configuration of a saved adapter but neither {SAFETENSORS_WEIGHTS_NAME} nor "
             f"{WEIGHTS_NAME}; copy the whole folder."
         )
+    return {}
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:

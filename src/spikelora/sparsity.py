@@ -165,7 +165,7 @@ def _report(counted: list[tuple[Gated, list[int]]], several_adapters: bool) -> S
     modules, kinds, layers = {}, defaultdict(list), defaultdict(list)
     for gated, counts in counted:
         *spikes, _, _, tokens = counts
-        layer, kind = _place(gated.module)
+        layer, kind = place(gated.module)
         kinds[kind].append(counts)
         layers[layer].append(counts)
         modules[f"{gated.module}.{gated.adapter}" if several_adapters else gated.module] = ModuleSparsity(
@@ -204,7 +204,7 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _place(module: str) -> tuple[str, str]:
+def place(module: str) -> tuple[str, str]:
     """Layer and kind of a module: `model.layers.0.self_attn.q_proj` is a `q_proj` of `model.layers.0`."""
     numbered = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
     return numbered[0] if numbered else "", module.rpartition(".")[2]
