@@ -202,7 +202,8 @@ def _load(
         raise SpikeLoraError(
             f"A text has {longest} tokens, more than the {positions} positions of {base}; set --cutoff_len {positions}."
         )
-    return PeftModel.from_pretrained(loaded, adapter), batches
+    config.base_model_name_or_path = base  # what is saved names the base that it was made on
+    return PeftModel.from_pretrained(loaded, adapter, config=config), batches
 
 
 def _auto_class(task_type: str | None) -> Any:

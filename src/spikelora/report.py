@@ -113,8 +113,12 @@ class Run:
     settings: str
 
     def curves(self, name: str) -> dict[str, list[tuple[int, float]]]:
-        """What was logged under a name and, with a prefix, in evaluations: `sparsity` and `eval_sparsity`."""
-        return {key: values for key, values in self.history.items() if key == name or key.endswith(f"_{name}")}
+        """What was logged under a name and, behind it, under prefixed ones, such as `sparsity` and `eval_sparsity`.
+
+        Without `train_loss`, which the Trainer logs once, as the mean of the whole training.
+        """
+        names = [key for key in self.history if key == name or (key.endswith(f"_{name}") and key != "train_loss")]
+        return {key: self.history[key] for key in sorted(names, key=lambda key: (key != name, key))}
 
     def curves_by_kind(self) -> dict[str, list[tuple[int, float]]]:
         """The sparsity in training, by kind of module."""

@@ -89,7 +89,7 @@ def plot_curves(name: str, curves: Curves, x_label: str, y_label: str, ticks: li
     # Text stays text: it can be searched, and takes the page's font.
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "grid.color": _FAINT, **colours}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
         axes = figure.subplots()
         for (label, points), colour, marker in zip(curves.items(), cycle(_COLOURS), cycle(_MARKERS)):
             xs, ys = zip(*points, strict=True)
@@ -102,7 +102,7 @@ def plot_curves(name: str, curves: Curves, x_label: str, y_label: str, ticks: li
             axes.set_xticks(range(0, len(ticks), step), ticks[::step])
         axes.grid(linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside lower center", frameon=False, ncols=4)
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -128,7 +128,6 @@ def _training_figures(run: Run) -> list[dict[str, str]]:
             "a SparsityCallback logs",
         ),
     ):
-        curves = {label: points for label, points in curves.items() if label != "train_loss"}
         y_label = "loss" if name == "loss" else "sparsity"
         svg = plot_curves(name, curves, "step", y_label) if curves else ""
         missing = f"This folder has no such curve: no trainer_state.json in it holds what {remedy}."
@@ -139,7 +138,7 @@ def _training_figures(run: Run) -> list[dict[str, str]]:
 def _log(run: Run) -> dict[str, dict[int, float]]:
     """The numbers behind the curves, by name and step."""
     curves = run.curves("loss") | run.curves("sparsity")
-    return {name: dict(points) for name, points in curves.items() if name != "train_loss"}
+    return {name: dict(points) for name, points in curves.items()}
 
 
 def _threshold_figure(adapter: Adapter) -> str:

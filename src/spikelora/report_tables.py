@@ -44,7 +44,6 @@ def sparsity_table(run: Run) -> Table | None:
 def training_table(run: Run) -> Table | None:
     """First and last value of what was logged; None where nothing was."""
     curves = run.curves("loss") | run.curves("sparsity")
-    curves.pop("train_loss", None)
     if not curves:
         return None
     table = _table("Training", "", "first", "at step", "last", "at step")

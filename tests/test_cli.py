@@ -1,0 +1,297 @@
+"""The command, as a shell calls it: what it prints, writes and ends with."""
+
+import json
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import tiny_opt
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
+from spikelora.calibration_text import text_batches
+from spikelora.cli import main
+from spikelora.gate import SpikeGate
+
+WORDS = [f"word{n}" for n in range(90)]
+TEXTS = [" ".join(WORDS[(7 * n + k * k) % 90] for k in range(5 + n)) for n in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """The tiny OPT with a tokenizer of whole words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<unk>", "<pad>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    wrapped.save_pretrained(tmp_path / "base")
+    tiny_opt().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    config = SpikeLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text, "other": 3}) for text in TEXTS) + "\n\n")
+    return file
+
+
+def status(*arguments):
+    """What `main` ends with: a number, or a message, which Python prints to stderr before it ends with 1."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def shell(*arguments):
+    command = [sys.executable, "-m", "spikelora.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_inspect_says_what_a_sound_adapter_holds(adapter, base_folder, capsys):
+    assert status("inspect", adapter) == 0
+    output = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+    facts = {row[0]: row[1] for row in cells if len(row) == 2}
+    assert facts["method"] == "SPIKELORA"
+    assert facts["base model"] == str(base_folder)
+    assert facts["modules"] == "12, 12 of them untrained (B is 0)"
+    (row,) = (row for row in cells if row[0] == "model.decoder.layers.1.fc2")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    norm = tensors["base_model.model.model.decoder.layers.1.fc2.lora_A.weight"].norm().item()
+    assert row[1:] == ["4", "0.1", "2", f"{norm:.4g}", "0, untrained"]
+    assert output.endswith("The adapter is sound.\n")
+
+
+def test_inspect_of_a_damaged_adapter_ends_with_1(adapter):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    result = shell("inspect", adapter)
+    assert result.returncode == 1
+    assert f"{file} is damaged" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_inspect_without_a_gate_ends_with_1(adapter):
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith("fc1.lora_gate.tau")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "has no `lora_gate.tau` for `base_model.model.model.decoder.layers.0.fc1`" in status("inspect", adapter)
+
+
+@pytest.mark.parametrize("command", ["inspect", "report"])
+def test_an_adapter_of_another_method_ends_with_1(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    get_peft_model(tiny_opt(), LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path / "lora")
+    assert "holds a LORA adapter, not a SPIKELORA one" in status(command, "lora")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "report"])
+def test_a_folder_without_an_adapter_ends_with_1(command, tmp_path):
+    assert "has no adapter_config.json" in status(command, tmp_path)
+
+
+def test_wrong_usage_ends_with_2(adapter, data, tmp_path, capsys):
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept.txt").write_text("kept")
+    (tmp_path / "data.csv").write_text("a,b\n")
+    calibrate = ("calibrate", adapter, "--data", data, "--output")
+    for arguments, message in [
+        (("inspect", tmp_path / "missing"), "does not exist"),
+        (("report", tmp_path / "missing"), "does not exist"),
+        (("inspect",), "Missing argument 'ADAPTER'"),
+        (("solve",), "No such command 'solve'"),
+        ((*calibrate, full), "exists and is no empty folder"),
+        ((*calibrate, full / "kept.txt"), "exists and is no empty folder"),
+        ((*calibrate, tmp_path / "new", "--target_sparsity", "1.5"), "`--target_sparsity` must be a share"),
+        ((*calibrate, tmp_path / "new", "--batch_size", "0"), "--batch_size"),
+        (("calibrate", adapter, "--data", tmp_path / "no.txt", "--output", tmp_path / "new"), "does not exist"),
+        (("calibrate", adapter, "--data", tmp_path / "data.csv", "--output", tmp_path / "new"), ".txt and .jsonl"),
+    ]:
+        assert status(*arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert (full / "kept.txt").read_text() == "kept"
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_shell_sees_status_2(tmp_path):
+    result = shell("inspect", tmp_path / "missing")
+    assert result.returncode == 2
+    assert "does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "report", "calibrate", "to-lora"])
+def test_help_has_an_example(command, capsys):
+    assert status(command, "--help") == 0
+    assert f"Example: spikelora {command} " in capsys.readouterr().out
+
+
+def test_report_writes_a_page_and_shows_tables(adapter, tmp_path, capsys):
+    modules = {"base_model.model.model.decoder.layers.0.fc1": 0.25, "base_model.model.model.decoder.layers.1.fc1": 1.0}
+    metrics = {"spikelora": {"loss": 3.25, "sparsity": 0.625, "sparsity_by_module": modules}}
+    (adapter / "metrics.json").write_text(json.dumps(metrics))
+    assert status("report", adapter, "--output", tmp_path / "pages" / "a.html") == 0
+    output = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "│" in line]
+    assert ["0", "25.0%"] in rows
+    assert ["1", "100%"] in rows
+    assert ["held-out loss, SpikeLoRA", "3.2500"] in rows
+    assert "This folder has no log of the training." in output
+    page = (tmp_path / "pages" / "a.html").read_text()
+    assert "<td>62.5%</td>" not in page
+    assert "<dd>62.5%</dd>" in page
+
+
+def test_report_names_an_output_that_cannot_be_written(adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "--output cannot be written" in status("report", adapter, "--output", tmp_path / "file" / "a.html")
+
+
+def test_a_missing_library_is_named(adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert "pip install 'spikelora[report]'" in status("report", adapter)
+
+
+def thresholds_of(folder):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_gate.v_threshold"): tensor.item()
+        for name, tensor in tensors.items()
+        if name.endswith("v_threshold")
+    }
+
+
+def test_calibrate_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    arguments = ("--data", data, "--output", tmp_path / "new", "--target_sparsity", "0.8", "--batch_size", "5")
+    assert status("calibrate", adapter, *arguments, "--max_batches", "2") == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    batches = [dict(tokenizer(TEXTS[n : n + 5], padding=True, return_tensors="pt")) for n in (0, 5)]
+    batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    expected = calibrate_thresholds(model, batches, 0.8)
+    assert thresholds_of(tmp_path / "new") == pytest.approx(expected, rel=1e-6)
+    output = capsys.readouterr().out
+    assert all(name in output for name in expected)
+    calibrated = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "new")
+    with SparsityMeter(calibrated) as meter:
+        for batch in batches:
+            calibrated(**batch)
+    assert meter.report().sparsity == pytest.approx(0.8, abs=0.02)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+def test_calibrate_takes_another_base_model_and_an_empty_folder(adapter, base_folder, data, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "moved")
+    shutil.rmtree(base_folder)
+    (tmp_path / "new").mkdir()
+    arguments = ("calibrate", adapter, "--data", data, "--output", tmp_path / "new")
+    assert f"The base model {base_folder} cannot be loaded" in status(*arguments)
+    assert list((tmp_path / "new").iterdir()) == []
+    assert status(*arguments, "--base_model", tmp_path / "moved") == 0
+    assert len(thresholds_of(tmp_path / "new")) == 12
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["inference_mode"]) == (str(tmp_path / "moved"), True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no text"),
+        ('{"text": "word1 word2"}\n{"other": "word1"}\n', "line 2 has no text under 'text'"),
+        ('{"text": "word1 word2"\n', "line 1 is no JSON"),
+        ("[1]\n", "line 1 has no text under 'text'"),
+        (json.dumps({"text": " ".join(WORDS)}), "more than the 64 positions"),
+    ],
+)
+def test_bad_data_ends_with_1_and_leaves_nothing(adapter, data, tmp_path, content, message):
+    data.write_text(content)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert message in status("calibrate", adapter, "--data", data, "--output", tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_calibrate_that_fails_while_saving_leaves_nothing(adapter, data, tmp_path, monkeypatch):
+    def fail(model, folder, **options):
+        (folder / "half").write_text("written")
+        raise SpikeLoraError("no space left")
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", fail)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert status("calibrate", adapter, "--data", data, "--output", tmp_path / "new") == "no space left"
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_calibrate_refuses_tasks_that_need_more_than_text(adapter, data, tmp_path):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": "SEQ_2_SEQ_LM"}))
+    message = status("calibrate", adapter, "--data", data, "--output", tmp_path / "new")
+    assert "An adapter for SEQ_2_SEQ_LM needs inputs that a text alone does not make" in message
+
+
+def test_to_lora_saves_and_reports_what_the_function_gives(adapter, data, tmp_path, monkeypatch, capsys):
+    """Against a stand-in for `spikelora.convert`: what it is called with, and what is done with what it gives."""
+    calls = []
+
+    class Converted:
+        def __init__(self):
+            self.errors = {"model.decoder.layers.0.fc1": 0.125, "model.decoder.layers.0.fc2": 0.0625}
+
+        def save_pretrained(self, folder):
+            (folder / "adapter_config.json").write_text("{}")
+
+    def to_lora(model, batches):
+        calls.append((model, batches))
+        return Converted()
+
+    monkeypatch.setitem(sys.modules, "spikelora.convert", types.SimpleNamespace(to_lora=to_lora))
+    assert status("to-lora", adapter, "--data", data, "--output", tmp_path / "lora", "--cutoff_len", "6") == 0
+    ((model, batches),) = calls
+    assert sum(isinstance(module, SpikeGate) for module in model.modules()) == 12
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(8, 6), (4, 6)]
+    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["adapter_config.json"]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["model.decoder.layers.0.fc1", "0.125"] in rows
+    assert ["model.decoder.layers.0.fc2", "0.0625"] in rows
+
+
+def test_paragraphs_become_padded_batches(base_folder, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("word0 word1\nword2\n \n\nword3\n\n\nword4 word5 word6 word7\n")
+    first, second = text_batches(file, AutoTokenizer.from_pretrained(base_folder), batch_size=2, cutoff_len=3)
+    assert first["input_ids"].tolist() == [[3, 4, 5], [6, 1, 1]]
+    assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert second["input_ids"].tolist() == [[7, 8, 9]]
+
+
+def test_the_command_alone_brings_no_plots():
+    code = "import sys, spikelora.cli; print('matplotlib' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"

@@ -1,0 +1,353 @@
+"""The report says what is in a folder, and that something is missing where it is."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import tiny_opt
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
+from spikelora.gate import SpikeGate
+from spikelora.report import read_adapter, read_run
+from spikelora.report_figures import by_layer, plot_curves, shade
+from spikelora.report_html import percent, render, results, summary, write_report
+
+TOKENS = torch.arange(3, 31).view(2, 14)
+FC1 = "model.decoder.layers.0.fc1"
+LOG = [
+    {"step": 10, "loss": 4.5, "epoch": 0.5},
+    {"step": 10, "sparsity": 0.75, "zero_threshold_sparsity": 0.5, "sparsity/fc1": 0.625, "sparsity/fc2": 0.875},
+    {"step": 10, "eval_loss": 4.25},
+    {"step": 10, "eval_sparsity": 0.8125},
+    {"step": 20, "loss": 3.5},
+    {"step": 20, "sparsity": 0.9, "zero_threshold_sparsity": 0.6, "sparsity/fc1": 0.85, "sparsity/fc2": 0.95},
+    {"step": 20, "train_loss": 4.0},
+]
+
+
+@pytest.fixture
+def model():
+    """A spiking adapter with thresholds of its own in each module, one of which never fires."""
+    torch.manual_seed(0)
+    config = SpikeLoraConfig(r=4, lora_alpha=6, target_modules=["fc1", "fc2"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_opt(), config).eval()
+    gates = [gate for gate in model.modules() if isinstance(gate, SpikeGate)]
+    for gate, v_threshold in zip(gates, (-0.25, 1e6, 0.0, 0.0), strict=True):
+        gate.v_threshold.data.fill_(v_threshold)
+    for name, parameter in model.named_parameters():
+        if "layers.0.fc1.lora_B" in name:
+            parameter.data.fill_(0.5)
+    return model
+
+
+@pytest.fixture
+def adapter_folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def run_folder(model, adapter_folder):
+    """A run with everything that a report can show."""
+    with SparsityMeter(model) as meter:
+        model(TOKENS)
+    (adapter_folder / "sparsity.json").write_text(json.dumps(meter.report().to_dict()))
+    (adapter_folder / "metrics.json").write_text(json.dumps({"before": {"loss": 4.75}, "spikelora": {"loss": 3.25}}))
+    (adapter_folder / "config.yaml").write_text("data_path: <b>&.txt\n")
+    for step, log in ((10, LOG[:4]), (20, LOG), (3, [])):
+        checkpoint = adapter_folder / f"checkpoint-{step}"
+        model.save_pretrained(checkpoint)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+    return adapter_folder
+
+
+def test_an_adapter_is_read_from_its_tensors(adapter_folder):
+    adapter = read_adapter(adapter_folder)
+    tensors = load_file(adapter_folder / "adapter_model.safetensors")
+    first = adapter.modules[0]
+    assert [m.name for m in adapter.modules] == [f"model.decoder.layers.{n}.fc{k}" for n in (0, 1) for k in (1, 2)]
+    assert (first.r, first.scaling, first.v_threshold, first.tau) == (4, 1.5, -0.25, 2.0)
+    assert first.norm_B == pytest.approx(0.5 * math.sqrt(64 * 4), rel=1e-6)
+    assert first.norm_A == pytest.approx(tensors[f"base_model.model.{FC1}.lora_A.weight"].norm().item(), rel=1e-6)
+    assert [module.is_untrained for module in adapter.modules] == [False, True, True, True]
+    assert adapter.parameters == 2 * 2 * (4 * 32 + 64 * 4 + 2)
+    assert adapter.n_bytes == (adapter_folder / "adapter_model.safetensors").stat().st_size
+    facts = summary(adapter)
+    assert facts["v_threshold"] == "-0.25 to 1e+06"
+    assert (facts["tau"], facts["rank r"], facts["scaling"]) == ("2", "4", "1.5")
+    assert facts["target modules"] == "fc1, fc2"
+    assert facts["modules"] == "4, 3 of them untrained (B is 0)"
+
+
+def test_rank_and_scaling_by_pattern_and_rslora(tmp_path):
+    config = SpikeLoraConfig(
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"fc1": 9},
+        alpha_pattern={"fc2": 8},
+        use_rslora=True,
+        target_modules=["fc1", "fc2"],
+    )
+    get_peft_model(tiny_opt(), config).save_pretrained(tmp_path)
+    assert [(m.r, m.scaling) for m in read_adapter(tmp_path).modules] == [(9, 2.0), (4, 4.0)] * 2
+
+
+def test_ten_comes_after_nine():
+    values = {f"layers.{n}.fc1": n / 10 for n in (10, 9, 1)} | {"lm_head": 0.5}
+    grid = by_layer(values)
+    assert (grid.rows, grid.columns) == (["1", "9", "10", "outside the layers"], ["fc1", "lm_head"])
+    assert grid.values["10", "fc1"] == 1.0
+    assert ("1", "lm_head") not in grid.values
+
+
+def test_modules_of_the_same_kind_in_a_layer_keep_apart():
+    values = {"dec.0.self.q": 0.25, "dec.0.cross.q": 0.5, "enc.0.self.q": 0.75, "enc.0.fc": 1.0}
+    grid = by_layer(values)
+    assert grid.rows == ["dec.0", "enc.0"]
+    assert grid.values == {
+        ("dec.0", "self.q"): 0.25,
+        ("dec.0", "cross.q"): 0.5,
+        ("enc.0", "self.q"): 0.75,
+        ("enc.0", "fc"): 1.0,
+    }
+
+
+def set_tensor(folder, name, change):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{FC1}.{name}"] = change(tensors[f"base_model.model.{FC1}.{name}"])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lora_B.weight", lambda b: b * torch.nan, rf"`{FC1}` holds values that are no finite numbers.*learning rate"),
+        ("lora_B.weight", lambda b: b[:, :3].clone(), rf"`{FC1}` has the rank 4 in its `lora_A`, 3 in its `lora_B`"),
+        ("lora_gate.tau", lambda tau: tau * 0, rf"`tau` of `base_model.model.{FC1}`.*above 1"),
+    ],
+)
+def test_damaged_tensors_are_refused(adapter_folder, name, change, message):
+    set_tensor(adapter_folder, name, change)
+    with pytest.raises(SpikeLoraError, match=message):
+        read_adapter(adapter_folder)
+
+
+def test_a_rank_that_the_configuration_does_not_have_is_refused(adapter_folder):
+    file = adapter_folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 16}))
+    with pytest.raises(
+        SpikeLoraError, match=r"rank 4 in its `lora_A`, 4 in its `lora_B` and 16 in adapter_config.json"
+    ):
+        read_adapter(adapter_folder)
+
+
+def test_an_adapter_of_another_method_is_refused(tmp_path):
+    get_peft_model(tiny_opt(), LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path)
+    with pytest.raises(SpikeLoraError, match="holds a LORA adapter, not a SPIKELORA one"):
+        read_adapter(tmp_path)
+
+
+def test_a_configuration_alone_is_no_adapter(tmp_path):
+    SpikeLoraConfig().save_pretrained(tmp_path)
+    with pytest.raises(SpikeLoraError, match=r"neither adapter_model\.safetensors nor"):
+        read_adapter(tmp_path)
+
+
+def test_a_run_is_read_from_all_its_files(run_folder):
+    run = read_run(run_folder)
+    assert run.losses == {"before the training": 4.75, "SpikeLoRA": 3.25}
+    assert run.curves("loss") == {"loss": [(10, 4.5), (20, 3.5)], "eval_loss": [(10, 4.25)]}
+    assert list(run.curves("sparsity")) == ["sparsity", "eval_sparsity", "zero_threshold_sparsity"]
+    assert run.curves_by_kind() == {"fc1": [(10, 0.625), (20, 0.85)], "fc2": [(10, 0.875), (20, 0.95)]}
+    assert run.sparsity.source == "sparsity.json"
+    measured = json.loads((run_folder / "sparsity.json").read_text())
+    assert run.sparsity.sparsity == measured["sparsity"]
+    assert run.sparsity.modules == {name: module["sparsity"] for name, module in measured["modules"].items()}
+    assert run.sparsity.firing_rates[FC1] == measured["modules"][FC1]["firing_rates"]
+    assert run.sparsity.modules["model.decoder.layers.0.fc2"] == 1
+    assert results(run)["modules that never fire"] == "1 of 4"
+    dead = sum(len(module["dead_ranks"]) for module in measured["modules"].values())
+    assert results(run)["ranks that never fire"] == f"{dead} of 16"
+
+
+def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(run_folder):
+    (run_folder / "adapter_config.json").unlink()
+    run = read_run(run_folder)
+    assert run.adapter.folder == run_folder / "checkpoint-20"
+    assert run.curves("loss")["loss"] == [(10, 4.5), (20, 3.5)]
+
+
+def test_sparsity_from_the_metrics_of_the_example(adapter_folder):
+    modules = {f"base_model.model.{FC1}": 0.25, "base_model.model.model.decoder.layers.0.fc2": 0.75}
+    figures = {"loss": 3.0, "sparsity": 0.5, "zero_threshold_sparsity": 0.125, "sparsity_by_module": modules}
+    (adapter_folder / "metrics.json").write_text(json.dumps({"spikelora": figures}))
+    sparsity = read_run(adapter_folder).sparsity
+    assert (sparsity.source, sparsity.sparsity, sparsity.zero_threshold_sparsity) == ("metrics.json", 0.5, 0.125)
+    assert sparsity.modules == {FC1: 0.25, "model.decoder.layers.0.fc2": 0.75}
+    assert sparsity.firing_rates == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"spikelora": {"loss": "low"}}', '{"spikelora": 3}'])
+def test_damaged_metrics_are_named(adapter_folder, content):
+    (adapter_folder / "metrics.json").write_text(content)
+    with pytest.raises(SpikeLoraError, match=r"metrics.json is damaged"):
+        read_run(adapter_folder)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"sparsity": 1}', '{"sparsity": 1, "zero_threshold_sparsity": 1, "modules": [3]}']
+)
+def test_a_damaged_sparsity_report_is_named(adapter_folder, content):
+    (adapter_folder / "sparsity.json").write_text(content)
+    with pytest.raises(SpikeLoraError, match=r"sparsity.json is damaged"):
+        read_run(adapter_folder)
+
+
+def test_a_damaged_log_is_named(run_folder):
+    (run_folder / "checkpoint-20" / "trainer_state.json").write_text('{"log_history": [')
+    with pytest.raises(SpikeLoraError, match=r"checkpoint-20/trainer_state.json is damaged"):
+        read_run(run_folder)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.0, "0%"), (1e-6, "<0.1%"), (0.5, "50.0%"), (0.99999, ">99.9%"), (1.0, "100%"), (math.nan, "not run")],
+)
+def test_only_what_is_silent_reads_100_percent(share, text):
+    assert percent(share) == text
+
+
+def test_shades_are_those_of_viridis_with_text_that_can_be_read():
+    assert shade(0.0) == "background:#440154;color:#fff"
+    assert shade(1.0) == "background:#fde725;color:#000"
+
+
+def test_a_figure_has_ids_of_its_own_and_a_text():
+    svg = plot_curves("one", {"a<b": [(1, 0.5), (2, 0.75)]}, "step", "loss")
+    ids = re.findall(r'\bid="([^"]*)"', svg)
+    references = re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', svg)
+    assert ids
+    assert all(name.startswith("one-") for name in ids)
+    assert {first or second for first, second in references} <= set(ids)
+    assert 'aria-label="loss by step: a&lt;b from 0.5 to 0.75"' in svg
+    assert "currentColor" in svg
+    assert "#010203" not in svg
+
+
+class Page(HTMLParser):
+    """The tables of a page as rows of text, what it refers to, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.rows, self.references, self.figures, self.text, self._cell = [], [], [], "", None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href", "action", "data")]
+        if tag == "svg":
+            self.figures.append(attributes["aria-label"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._cell = tag
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self._cell:
+            self.rows[-1][-1] += data
+
+
+def check_page(html, run):
+    page = Page(html)
+    sparsity = run.sparsity
+    for layer in (0, 1):
+        values = [sparsity.modules[f"model.decoder.layers.{layer}.fc{k}"] for k in (1, 2)]
+        assert [str(layer), *map(percent, values)] in page.rows
+    assert [FC1, *map(percent, sparsity.firing_rates[FC1])] in page.rows
+    assert [FC1, "4", "-0.25", "2", f"{run.adapter.modules[0].norm_A:.4g}", "8"] in page.rows
+    assert ["20", "3.5000", "", "0.9000", "", "0.6000"] in page.rows
+    assert [figure.partition(":")[0] for figure in page.figures] == [
+        "loss by step",
+        "sparsity by step",
+        "sparsity by step",
+        "v_threshold by layer",
+    ]
+    assert [reference for reference in page.references if not reference.startswith(("#", "data:"))] == []
+    assert "data_path: <b>&.txt" in page.text
+    assert "This folder has no" not in page.text
+
+
+def test_the_page_has_the_values(run_folder):
+    run = read_run(run_folder)
+    check_page(render(run), run)
+
+
+def test_a_page_of_an_adapter_alone_says_what_is_missing(adapter_folder):
+    page = Page(render(read_run(adapter_folder)))
+    assert page.text.count("This folder has no") == 5
+    assert "an adapter alone, without results of a run" in page.text
+    assert [figure.partition(":")[0] for figure in page.figures] == ["v_threshold by layer"]
+
+
+def test_equal_thresholds_are_told_in_words(tmp_path):
+    get_peft_model(tiny_opt(), SpikeLoraConfig(v_threshold=0.3, target_modules=["fc1"])).save_pretrained(tmp_path)
+    page = Page(render(read_run(tmp_path)))
+    assert "All 2 modules have v_threshold 0.3." in page.text
+    assert page.figures == []
+
+
+def test_a_report_that_fails_leaves_the_old_one(adapter_folder, tmp_path, monkeypatch):
+    output = tmp_path / "new" / "report.html"
+    write_report(read_run(adapter_folder), output)
+    before = output.read_text()
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("spikelora.report_html.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(read_run(adapter_folder), output)
+    assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+    assert output.read_text() == before
+
+
+def browse(page, tmp_path):
+    """The document and the console's messages, as headless Chromium has them."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000"]
+    command = [chromium, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_a_browser_shows_the_page_and_asks_for_nothing(run_folder, tmp_path):
+    run = read_run(run_folder)
+    output = tmp_path / "report.html"
+    write_report(run, output)
+    dom, messages = browse(output, tmp_path)
+    check_page(dom, run)
+    assert messages == []
+
+
+def test_the_page_forbids_its_browser_to_ask_for_anything(run_folder, tmp_path):
+    output = tmp_path / "report.html"
+    output.write_text(render(read_run(run_folder)).replace("<main>", '<main><img src="https://127.0.0.1:9/x.png">'))
+    (message,) = browse(output, tmp_path)[1]
+    assert "Content Security Policy" in message
