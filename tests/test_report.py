@@ -185,6 +185,23 @@ def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(run_folder):
     assert run.curves("loss")["loss"] == [(10, 4.5), (20, 3.5)]
 
 
+def test_firing_rates_come_in_the_order_of_the_layers(adapter_folder):
+    modules = {f"layers.{n}.fc1": {"sparsity": 0.5, "firing_rates": [n / 16]} for n in (10, 1, 9)}
+    report = {"sparsity": 0.5, "zero_threshold_sparsity": 0.25, "modules": modules}
+    (adapter_folder / "sparsity.json").write_text(json.dumps(report))
+    rates = read_run(adapter_folder).sparsity.firing_rates
+    assert list(rates.items()) == [("layers.1.fc1", [0.0625]), ("layers.9.fc1", [0.5625]), ("layers.10.fc1", [0.625])]
+
+
+def test_a_module_that_did_not_run_is_told_as_such(adapter_folder):
+    modules = {FC1: {"sparsity": math.nan, "firing_rates": [math.nan] * 2}}
+    report = {"sparsity": math.nan, "zero_threshold_sparsity": math.nan, "modules": modules}
+    (adapter_folder / "sparsity.json").write_text(json.dumps(report))
+    page = Page(render(read_run(adapter_folder)))
+    assert ["0", "not run"] in page.rows
+    assert [FC1, "not run", "not run"] in page.rows
+
+
 def test_sparsity_from_the_metrics_of_the_example(adapter_folder):
     modules = {f"base_model.model.{FC1}": 0.25, "base_model.model.model.decoder.layers.0.fc2": 0.75}
     figures = {"loss": 3.0, "sparsity": 0.5, "zero_threshold_sparsity": 0.125, "sparsity_by_module": modules}

@@ -200,7 +200,7 @@ def _module(name: str, tensors: Mapping[str, Tensor], config: SpikeLoraConfig) -
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key that sorts `layers.10` behind `layers.9`."""
+    """A key for names of modules that sorts `layers.10` behind `layers.9`."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
@@ -238,7 +238,8 @@ def _sparsity(folder: Path, metrics: dict[str, Any]) -> MeasuredSparsity | None:
                 zero_threshold_sparsity=float(report["zero_threshold_sparsity"]),
                 modules={name: float(module["sparsity"]) for name, module in report["modules"].items()},
                 firing_rates={
-                    name: [float(rate) for rate in module["firing_rates"]] for name, module in report["modules"].items()
+                    name: [float(rate) for rate in report["modules"][name]["firing_rates"]]
+                    for name in sorted(report["modules"], key=natural)
                 },
             )
         figures = metrics.get("spikelora", {})
