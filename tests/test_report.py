@@ -259,6 +259,16 @@ def test_a_figure_has_ids_of_its_own_and_a_text():
     assert "#010203" not in svg
 
 
+def test_a_legend_of_long_names_is_not_cut_off():
+    names = [f"eval_zero_threshold_sparsity_{n}" for n in range(4)]
+    svg = plot_curves("one", {name: [(1, 0.5), (2, 0.75)] for name in names}, "step", "sparsity")
+    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
+    starts = [float(x) for x in re.findall(r' x="([\d.-]+)"[^>]*>eval_zero', svg)]
+    assert len(starts) == 4
+    assert min(starts) > 0
+    assert max(starts) + 5.5 * len(names[0]) < width  # about 5.5 points a letter
+
+
 class Page(HTMLParser):
     """The tables of a page as rows of text, what it refers to, and its text."""
 

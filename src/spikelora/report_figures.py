@@ -102,7 +102,8 @@ def plot_curves(name: str, curves: Curves, x_label: str, y_label: str, ticks: li
             axes.set_xticks(range(0, len(ticks), step), ticks[::step])
         axes.grid(linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", frameon=False, ncols=4)
+        columns = 80 // (max(map(len, curves)) + 8)  # about 80 letters fit in the width, line samples among them
+        figure.legend(loc="outside lower center", frameon=False, ncols=max(1, min(4, columns)))
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
