@@ -95,7 +95,9 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
                         f"`batches` must give the model's keyword arguments, such as "
                         f"`{{'input_ids': ..., 'attention_mask': ...}}`, got a {type(batch).__name__}."
                     )
-                model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
+                inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+                if any(v.numel() for v in inputs.values() if isinstance(v, Tensor)):
+                    model(**inputs)
     finally:
         for module, mode in modes.items():
             module.training = mode
