@@ -70,12 +70,12 @@ def calibrate_thresholds(
 def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Remove the ranks that never fire on calibration data: rows of `lora_A`, columns of `lora_B`.
 
-    A silent rank adds nothing to `lora_B(gated)`, so that on these data the outputs stay the same, but for rounding: `a`
-    may come out different in its last bit, and fall on the other side of the threshold. The scaling stays, as
-    `lora_alpha` becomes `lora_alpha * r' / r`, with rsLoRA `lora_alpha * sqrt(r' / r)`, for the rank `r'` that is left.
-    A module that is silent altogether keeps its first rank. The configuration then has the rank and alpha of each module
-    in `rank_pattern` and `alpha_pattern`, with which the adapter is saved and loaded. Optimisers made before hold the
-    parameters of before.
+    A silent rank adds nothing to `lora_B(gated)`, so that on these data the outputs stay the same, but for rounding:
+    `a` may come out different in its last bit, and fall on the other side of the threshold. The scaling stays, as
+    `lora_alpha` becomes `lora_alpha * r' / r`, with rsLoRA `lora_alpha * sqrt(r' / r)`, for the rank `r'` that is
+    left. A module that is silent altogether keeps its first rank. The ranks and alphas are noted in the configuration,
+    as `rank_pattern` and `alpha_pattern`, so that the adapter can be saved and loaded. An optimiser that was made
+    before still has the old parameters.
 
     Args:
         model: a model with spiking adapters, as PEFT makes it; those that are active are pruned.
@@ -201,11 +201,14 @@ def _set_parts(gated: Gated, A: nn.Parameter, B: nn.Parameter) -> None:
 def _with_ranks(config: Any, layers: list[Any], adapter: str) -> Any:
     """A copy of a configuration whose patterns give each layer the rank and the alpha that it has.
 
-    Every key matches one module only: PEFT lets a key match the end of a name as well, but not past a `^`. The keys that
-    were there go, as a saved configuration is sorted and the first key that matches counts.
+    Each key matches one module alone: PEFT lets a key match the end of a name as well, but not one that begins with
+    `^`. The keys of before go: a saved configuration is sorted, and the first key that matches counts.
     """
     config = copy.copy(config)
-    for pattern, field, default in (("rank_pattern", "r", config.r), ("alpha_pattern", "lora_alpha", config.lora_alpha)):
+    for pattern, field, default in (
+        ("rank_pattern", "r", config.r),
+        ("alpha_pattern", "lora_alpha", config.lora_alpha),
+    ):
         values = {f"^{re.escape(layer.kwargs['target_name'])}": getattr(layer, field)[adapter] for layer in layers}
         setattr(config, pattern, {key: value for key, value in values.items() if value != default})
     return config

@@ -49,8 +49,8 @@ class SpikeLinearVariant(LoraVariant):
         pattern = get_pattern_key(config.threshold_pattern.keys(), module.kwargs["target_name"])
         v_threshold = config.threshold_pattern.get(pattern, config.v_threshold)
         gate = SpikeGate(v_threshold, config.tau, config.surrogate_alpha, config.learn_threshold, config.learn_tau)
-        module.lora_gate[adapter_name] = gate
-        module._move_adapter_to_device_of_base_layer(adapter_name)
+        # A is where the adapter belongs by now. PEFT's own mover would also cast A and B of a trained LoRA.
+        module.lora_gate[adapter_name] = gate.to(module.lora_A[adapter_name].weight.device)
 
     @staticmethod
     def forward(module: "Linear", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
