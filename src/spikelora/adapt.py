@@ -19,7 +19,7 @@ from spikelora.observe import Gated, Observer, gates, observing
 from spikelora.quantiles import QuantileSketch
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
-_MAX_MISS = 0.03
+MAX_MISS = 0.03
 
 
 def calibrate_thresholds(
@@ -53,7 +53,7 @@ def calibrate_thresholds(
 
     run(model, batches, see, "calibrating")
     found = {gated: _threshold(sketch, target_sparsity) for gated, sketch in sketches.items()}
-    missed = {gated.module: share for gated, (_, share) in found.items() if abs(share - target_sparsity) > _MAX_MISS}
+    missed = {gated.module: share for gated, (_, share) in found.items() if abs(share - target_sparsity) > MAX_MISS}
     if missed:
         raise SpikeLoraError(
             f"No threshold gives a sparsity near {target_sparsity:g} in "
