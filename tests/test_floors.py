@@ -25,14 +25,16 @@ FLOORS = {
     "_registration": 3,
     "adapt": 4,
     "callbacks": 4,
+    "convert": 4,
     "__init__": 6,
 }
 # The registration names the classes that it registers; a configuration is loaded from an adapter's folder; the autograd
-# functions are made of a backend's products; the meter observes.
+# functions are made of a backend's products; the meter observes; conversions calibrate.
 SAME_FLOOR = {
     ("sparsity", "observe"),
     ("_registration", "tuner"),
     ("config", "adapter_files"),
+    ("convert", "adapt"),
     ("ops.linear", "ops.torch_backend"),
     ("ops.linear", "ops.triton_backend"),
 }

@@ -82,6 +82,7 @@ def test_names_in_peft():
 
 def test_public_names():
     assert spikelora.__all__ == [
+        "LoraApproximation",
         "ModuleSparsity",
         "Sparsity",
         "SparsityCallback",
@@ -92,6 +93,9 @@ def test_public_names():
         "SpikeLoraError",
         "SpikeLoraModel",
         "calibrate_thresholds",
+        "from_lora",
+        "prune_ranks",
+        "to_lora",
     ]
     assert all(getattr(spikelora, name).__name__ == name for name in spikelora.__all__)
     assert spikelora.__version__ == importlib.metadata.version("spikelora")
