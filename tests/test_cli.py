@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
 from spikelora.calibration_text import text_batches
 from spikelora.cli import main
-from spikelora.gate import SpikeGate
+from spikelora.convert import to_lora
 
 WORDS = [f"word{n}" for n in range(90)]
 TEXTS = [" ".join(WORDS[(7 * n + k * k) % 90] for k in range(5 + n)) for n in range(12)]
@@ -256,30 +255,27 @@ def test_calibrate_refuses_tasks_that_need_more_than_text(adapter, data, tmp_pat
     assert "An adapter for SEQ_2_SEQ_LM needs inputs that a text alone does not make" in message
 
 
-def test_to_lora_saves_and_reports_what_the_function_gives(adapter, data, tmp_path, monkeypatch, capsys):
-    """Against a stand-in for `spikelora.convert`: what it is called with, and what is done with what it gives."""
-    calls = []
+def test_to_lora_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys):
+    file = adapter / "adapter_model.safetensors"
+    torch.manual_seed(1)
+    tensors = {name: torch.randn_like(t) if "lora_B" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ("--data", data, "--output", tmp_path / "lora", "--batch_size", "12", "--cutoff_len", "6")
+    assert status("to-lora", adapter, *arguments) == 0
 
-    class Converted:
-        def __init__(self):
-            self.errors = {"model.decoder.layers.0.fc1": 0.125, "model.decoder.layers.0.fc2": 0.0625}
-
-        def save_pretrained(self, folder):
-            (folder / "adapter_config.json").write_text("{}")
-
-    def to_lora(model, batches):
-        calls.append((model, batches))
-        return Converted()
-
-    monkeypatch.setitem(sys.modules, "spikelora.convert", types.SimpleNamespace(to_lora=to_lora))
-    assert status("to-lora", adapter, "--data", data, "--output", tmp_path / "lora", "--cutoff_len", "6") == 0
-    ((model, batches),) = calls
-    assert sum(isinstance(module, SpikeGate) for module in model.modules()) == 12
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(8, 6), (4, 6)]
-    assert [path.name for path in (tmp_path / "lora").iterdir()] == ["adapter_config.json"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=6, return_tensors="pt")
+    expected = to_lora(model, [{name: batch[name] for name in ("input_ids", "attention_mask")}])
+    saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert saved.keys() == expected.tensors.keys()
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert ["model.decoder.layers.0.fc1", "0.125"] in rows
-    assert ["model.decoder.layers.0.fc2", "0.0625"] in rows
+    printed = {row[0]: float(row[1]) for row in rows if row}
+    assert printed == pytest.approx(expected.errors, rel=1e-3)
+    assert 0 < printed["model.decoder.layers.0.fc1"] < 1
 
 
 def test_paragraphs_become_padded_batches(base_folder, tmp_path):

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from spikelora.gate import SpikeGate
+from spikelora import SpikeLoraConfig
 
 FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
 SCRIPT = FOLDER / "spikelora_finetuning.py"
@@ -68,7 +68,8 @@ def test_the_loss_falls_and_everything_is_saved(finished):
     assert len(metrics["spikelora"]["sparsity_by_module"]) == 24
     assert metrics["spikelora"]["trainable_parameters"] == metrics["lora"]["trainable_parameters"] + 2 * 24
     names = {path.name for path in folder.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "sparsity.png"} <= names
+    written = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "sparsity.png", "sparsity.json"}
+    assert written <= names
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-2
     assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
     for shown in ("perplexity", "trainable parameters", "peak memory, MB", "out_proj", "the same logits to the bit"):
@@ -366,7 +367,7 @@ ROW = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
 
 
 def test_only_what_a_finished_run_left_is_cleared(script, tmp_path):
-    left = [*script["ADAPTER_FILES"], "sparsity.png", "checkpoint-8/model", "lora/checkpoint-8/model"]
+    left = [*script["ADAPTER_FILES"], "sparsity.png", "sparsity.json", "checkpoint-8/model", "lora/checkpoint-8/model"]
     for name in (*left, "notes.txt", "lora/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -400,17 +401,9 @@ def test_a_saved_adapter_that_gives_other_logits_ends_the_run(script, model, col
 
 
 def test_a_gate_that_is_never_called_ends_the_run(script, model, collator):
-    model.unused = SpikeGate(0.1, 2.0, 2.0, False, False)
-    with pytest.raises(SystemExit, match=r"never calls \['unused'\]"):
+    model.unused = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), SpikeLoraConfig(target_modules=["0"]))
+    with pytest.raises(SystemExit, match=r"never calls \['unused.base_model.model.0'\]"):
         script["measure"](model, Dataset.from_list([ROW]), collator, script["parse_options"]([]), "")
-
-
-def test_spikes_and_negative_entries_are_counted_without_padding(script):
-    gate = SpikeGate(0.1, 2.0, 2.0, False, False)
-    layers = torch.nn.ModuleDict({"fc1": torch.nn.ModuleDict({"lora_gate": torch.nn.ModuleDict({"default": gate})})})
-    with script["counting_spikes"](layers, {"attention_mask": torch.tensor([[1, 0]])}) as counts:
-        gate(torch.tensor([[[0.5, -1.0, -2.0], [0.5, 0.5, -1.0]]]))
-    assert {name: [int(seen) for seen in counted] for name, counted in counts.items()} == {"fc1": [1, 2, 3]}
 
 
 def test_the_seed_is_that_of_everything(script, model, collator, monkeypatch, tmp_path):

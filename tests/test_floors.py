@@ -25,6 +25,7 @@ FLOORS = {
     "_registration": 3,
     "adapt": 4,
     "callbacks": 4,
+    "convert": 4,
     "cli": 5,
     "calibration_text": 5,
     "report": 5,
@@ -34,12 +35,13 @@ FLOORS = {
     "__init__": 6,
 }
 # The registration names the classes that it registers; a configuration is loaded from an adapter's folder; the autograd
-# functions are made of a backend's products; the meter observes; a report is read, drawn and written, and the command
-# does all of that.
+# functions are made of a backend's products; the meter observes; conversions calibrate; a report is read, drawn and
+# written, and the command does all of that.
 SAME_FLOOR = {
     ("sparsity", "observe"),
     ("_registration", "tuner"),
     ("config", "adapter_files"),
+    ("convert", "adapt"),
     ("ops.linear", "ops.torch_backend"),
     ("ops.linear", "ops.triton_backend"),
     ("report_figures", "report"),

@@ -81,7 +81,22 @@ def test_names_in_peft():
 
 
 def test_public_names():
-    assert sorted(spikelora.__all__) == ["SpikeLoraConfig", "SpikeLoraError", "SpikeLoraModel"]
+    assert spikelora.__all__ == [
+        "LoraApproximation",
+        "ModuleSparsity",
+        "Sparsity",
+        "SparsityCallback",
+        "SparsityControlCallback",
+        "SparsityMeter",
+        "SparsityReport",
+        "SpikeLoraConfig",
+        "SpikeLoraError",
+        "SpikeLoraModel",
+        "calibrate_thresholds",
+        "from_lora",
+        "prune_ranks",
+        "to_lora",
+    ]
     assert all(getattr(spikelora, name).__name__ == name for name in spikelora.__all__)
     assert spikelora.__version__ == importlib.metadata.version("spikelora")
 

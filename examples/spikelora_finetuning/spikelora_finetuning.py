@@ -6,7 +6,7 @@
 
 Rows with a text field are used as text; rows with instruction / input / output become instructions, whose prompt and
 padding count in no loss. The folder of a finished run holds the adapter, the tokenizer, `config.yaml` (the resolved
-flags), `metrics.json` and `sparsity.png`.
+flags), `metrics.json`, `sparsity.json` (what each rank of each module does on the held-out text) and `sparsity.png`.
 """
 
 import json
@@ -17,9 +17,7 @@ import re
 import resource
 import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,8 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.gate import SpikeGate
+from spikelora import SparsityCallback, SparsityControlCallback, SparsityMeter, SpikeLoraConfig, SpikeLoraError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,6 +93,9 @@ class Options:
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r)")
     v_threshold: float = flag(0.1, "firing threshold")
     tau: float = flag(2.0, "membrane time constant, > 1")
+    target_sparsity: float | None = flag(
+        None, "share of silent activations to hold during training, by the thresholds; v_threshold is where they begin"
+    )
     learn_threshold: bool = flag(False, "train one threshold per module")
     learn_tau: bool = flag(False, "train one time constant per module")
     seed: int = flag(0, "of everything")
@@ -260,54 +260,31 @@ def split(rows: Dataset, options: Options) -> tuple[Dataset, Dataset]:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def counting_spikes(model: torch.nn.Module, batch: dict):
-    """Count what each gate sees at the tokens of `batch` that are no padding: spikes, negative entries, all entries."""
-    gates = {name.split(".lora_gate.")[0]: m for name, m in model.named_modules() if isinstance(m, SpikeGate)}
-    counts: dict[str, list] = {name: [0, 0, 0] for name in gates}
-
-    def count(name: str, gate: SpikeGate, inputs: tuple) -> None:
-        a = inputs[0].flatten(0, -2)[batch["attention_mask"].flatten().bool().to(inputs[0].device)]
-        for index, seen in enumerate((gate.spikes(a).sum(), (a < 0).sum(), a.numel())):
-            counts[name][index] += seen
-
-    handles = [gate.register_forward_pre_hook(partial(count, name)) for name, gate in gates.items()]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def measure(model: PeftModel, rows: Dataset, collator, options: Options, title: str) -> dict:
-    """Loss, perplexity and sparsity over all tokens of `rows`, padding left out."""
+    """Loss, perplexity and, of a spiking adapter, the sparsity over all tokens of `rows`, padding left out."""
     model.eval()
-    loss, tokens, batch = 0.0, 0, {}
-    with counting_spikes(model, batch) as counts:
+    loss, tokens = 0.0, 0
+    is_spiking = isinstance(model.peft_config["default"], SpikeLoraConfig)
+    with SparsityMeter(model) if is_spiking else nullcontext() as meter:
         for loaded in tqdm(DataLoader(rows, options.batch_size, collate_fn=collator), desc=title, leave=False):
-            batch.update({key: value.to(model.device) for key, value in loaded.items()})
+            batch = {key: value.to(model.device) for key, value in loaded.items()}
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
             labels = batch["labels"][:, 1:]
             loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             tokens += (labels != -100).sum().item()
     figures = {"loss": loss / tokens, "perplexity": math.exp(loss / tokens), "tokens": tokens}
-    if counts:
-        never_called = [name for name, (_, _, entries) in counts.items() if not entries]
+    if meter:
+        report = meter.report()
+        never_called = [name for name, module in report.modules.items() if not module.tokens]
         if never_called:
             sys.exit(f"the model never calls {never_called}, so no adapter can work there; name other targets")
-
-        def sparsity(names: Iterable[str]) -> float:
-            return 1 - sum(int(counts[name][0]) for name in names) / sum(counts[name][2] for name in names)
-
-        kinds = defaultdict(list)
-        for name in counts:
-            kinds[name.rpartition(".")[2]].append(name)
-        figures["sparsity"] = sparsity(counts)
-        negative, entries = (sum(int(seen[index]) for seen in counts.values()) for index in (1, 2))
-        figures["zero_threshold_sparsity"] = negative / entries
-        figures["sparsity_by_kind"] = {kind: sparsity(names) for kind, names in kinds.items()}
-        figures["sparsity_by_module"] = {name: sparsity([name]) for name in counts}
+        figures["sparsity"] = report.sparsity
+        figures["silent_tokens"] = report.silent_tokens
+        figures["zero_threshold_sparsity"] = report.zero_threshold_sparsity
+        figures["sparsity_by_kind"] = {kind: shares.sparsity for kind, shares in report.kinds.items()}
+        figures["sparsity_by_module"] = {name: module.sparsity for name, module in report.modules.items()}
+        figures["report"] = report
     return figures
 
 
@@ -371,6 +348,7 @@ def adapter_config(options: Options, spiking: bool) -> LoraConfig:
     return SpikeLoraConfig(
         v_threshold=options.v_threshold,
         tau=options.tau,
+        target_sparsity=options.target_sparsity,
         learn_threshold=options.learn_threshold,
         learn_tau=options.learn_tau,
         **shared,
@@ -413,7 +391,8 @@ def prepare_folder(folder: Path, options: Options) -> Path | None:
         print(f"{folder} has no checkpoint yet: starting from the beginning")
         return None
     begun, now = SpikeLoraConfig.from_pretrained(found), adapter_config(options, spiking=True)
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "v_threshold", "tau", "learn_threshold", "learn_tau"):
+    neuron = ("v_threshold", "tau", "target_sparsity", "learn_threshold", "learn_tau")
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", *neuron):
         if getattr(begun, name) != getattr(now, name):
             sys.exit(
                 f"{found} was trained with {name} {getattr(begun, name)}, not {getattr(now, name)}: go on with the "
@@ -426,7 +405,7 @@ def clear_results(folder: Path) -> None:
     """Remove what a finished run left in the folder, the file that makes its adapter loadable first."""
     if not (folder / "metrics.json").exists():
         return
-    for name in (*ADAPTER_FILES[::-1], "sparsity.png"):
+    for name in (*ADAPTER_FILES[::-1], "sparsity.png", "sparsity.json"):
         (folder / name).unlink(missing_ok=True)
     for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob("lora/checkpoint-*")):
         shutil.rmtree(checkpoint)
@@ -458,7 +437,7 @@ def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Opti
         seed=options.seed,
     )
     try:
-        return NeuronTrainer(
+        trainer = NeuronTrainer(
             model=model,
             args=arguments,
             train_dataset=train_rows,
@@ -468,6 +447,12 @@ def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Opti
         )
     except (ImportError, RuntimeError, ValueError) as error:
         sys.exit(f"the Trainer refuses --report_to {options.report_to}, or another flag: {error}")
+    config = model.peft_config["default"]
+    if isinstance(config, SpikeLoraConfig):
+        trainer.add_callback(SparsityCallback(trainer))
+        if config.target_sparsity is not None:
+            trainer.add_callback(SparsityControlCallback())
+    return trainer
 
 
 def peak_memory() -> float:
@@ -575,6 +560,7 @@ def show(metrics: dict) -> None:
     row("sparsity", "sparsity", ".1%", before=True)
     for kind, sparsity in after[0]["sparsity_by_kind"].items():
         table.add_row(f"  {kind}", f"{metrics['before']['sparsity_by_kind'][kind]:.1%}", f"{sparsity:.1%}")
+    row("tokens without a spike", "silent_tokens", ".1%", before=True)
     row("sparsity at threshold 0", "zero_threshold_sparsity", ".1%", before=True)
     console.print(table)
 
@@ -609,6 +595,8 @@ def main() -> None:
     model, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
     generation = save(model, tokenizer, val_rows[0], options, folder)
     plot_sparsity(after["sparsity_by_module"], folder / "sparsity.png")
+    (folder / "sparsity.json").write_text(json.dumps(after.pop("report").to_dict(), indent=2) + "\n")
+    before.pop("report")
     metrics = {"before": before, "spikelora": after, "reloaded_logits_identical": True}
     if options.compare_lora:
         lora_folder = folder / "lora"

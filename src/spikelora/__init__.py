@@ -7,8 +7,9 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 from typing import TYPE_CHECKING, Any
 
 from spikelora._registration import register
-from spikelora.adapt import calibrate_thresholds
+from spikelora.adapt import calibrate_thresholds, prune_ranks
 from spikelora.config import SpikeLoraConfig
+from spikelora.convert import LoraApproximation, from_lora, to_lora
 from spikelora.errors import SpikeLoraError
 from spikelora.sparsity import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 from spikelora.tuner import SpikeLoraModel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from spikelora.callbacks import SparsityCallback, SparsityControlCallback
 
 __all__ = [
+    "LoraApproximation",
     "ModuleSparsity",
     "Sparsity",
     "SparsityCallback",
@@ -27,6 +29,9 @@ __all__ = [
     "SpikeLoraError",
     "SpikeLoraModel",
     "calibrate_thresholds",
+    "from_lora",
+    "prune_ranks",
+    "to_lora",
 ]
 __version__ = "0.1.0"
 

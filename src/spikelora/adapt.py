@@ -1,6 +1,8 @@
 """What changes adapters by looking at calibration data."""
 
+import copy
 import math
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,7 +19,7 @@ from spikelora.observe import Gated, Observer, gates, observing
 from spikelora.quantiles import QuantileSketch
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
-_MAX_MISS = 0.03
+MAX_MISS = 0.03
 
 
 def calibrate_thresholds(
@@ -51,22 +53,66 @@ def calibrate_thresholds(
 
     run(model, batches, see, "calibrating")
     found = {gated: _threshold(sketch, target_sparsity) for gated, sketch in sketches.items()}
-    missed = {gated.module: share for gated, (_, share) in found.items() if abs(share - target_sparsity) > _MAX_MISS}
+    missed = {gated.module: share for gated, (_, share) in found.items() if abs(share - target_sparsity) > MAX_MISS}
     if missed:
         raise SpikeLoraError(
             f"No threshold gives a sparsity near {target_sparsity:g} in "
             f"{', '.join(f'`{name}` (nearest: {share:.2f})' for name, share in missed.items())}: many of its "
             "activations have the same value. Calibrate on more varied data, or with another target."
         )
-    _warn_of_unreached(model, {gated.module for gated in found}, {gated.adapter for gated in found})
+    warn_of_unreached(model, found, "their thresholds stay as they are")
     with torch.no_grad():
         for gated, (v_threshold, _) in found.items():
             gated.gate.v_threshold.fill_(v_threshold)
-    several = len({gated.adapter for gated in found}) > 1
-    return {
-        f"{gated.module}.{gated.adapter}" if several else gated.module: v_threshold
-        for gated, (v_threshold, _) in found.items()
-    }
+    return _by_module({gated: v_threshold for gated, (v_threshold, _) in found.items()})
+
+
+def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Remove the ranks that never fire on calibration data: rows of `lora_A`, columns of `lora_B`.
+
+    A silent rank adds nothing to `lora_B(gated)`, so that on these data the outputs stay the same, but for rounding:
+    `a` may come out different in its last bit, and fall on the other side of the threshold. The scaling stays, as
+    `lora_alpha` becomes `lora_alpha * r' / r`, with rsLoRA `lora_alpha * sqrt(r' / r)`, for the rank `r'` that is
+    left. A module that is silent altogether keeps its first rank. The ranks and alphas are noted in the configuration,
+    as `rank_pattern` and `alpha_pattern`, so that the adapter can be saved and loaded. An optimiser that was made
+    before still has the old parameters.
+
+    Args:
+        model: a model with spiking adapters, as PEFT makes it; those that are active are pruned.
+        batches: the model's keyword arguments, batch by batch, attention masks among them.
+
+    Returns:
+        How many ranks were removed by module, or by `<module>.<adapter>` where several adapters ran.
+
+    Raises:
+        SpikeLoraError: for a model without spiking adapters or configurations of them, no batches or no tokens; the
+            model is as it was then.
+    """
+    fired: dict[Gated, Tensor] = {}
+
+    def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
+        passes = gated.gate.spikes(a) | a.isnan()  # as the gate does not hide a NaN
+        passes = passes if mask is None else passes[mask]
+        if len(passes):
+            fired[gated] = passes.any(0) | fired[gated] if gated in fired else passes.any(0)
+
+    run(model, batches, see, "looking for silent ranks")
+    configs: Any = getattr(model, "peft_config", None)
+    if configs is None:
+        raise SpikeLoraError(
+            f"This {type(model).__name__} has no `peft_config` to note the ranks in: give the model that "
+            "`get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
+        )
+    warn_of_unreached(model, fired, "their ranks stay as they are")
+    kept = {gated: fires if fires.any() else torch.arange(len(fires)) == 0 for gated, fires in fired.items()}
+    pruned = {gated: _parts(gated, keep) for gated, keep in kept.items() if not keep.all()}
+    # Nothing can fail any more.
+    for gated, (A, B) in pruned.items():
+        _set_parts(gated, A, B)
+    for adapter in {gated.adapter for gated in pruned}:
+        layers = [gated.layer for gated in gates(model) if gated.adapter == adapter]
+        configs[adapter] = _with_ranks(configs[adapter], layers, adapter)
+    return _by_module({gated: int((~keep).sum()) for gated, keep in kept.items()})
 
 
 @torch.no_grad()
@@ -95,7 +141,9 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
                         f"`batches` must give the model's keyword arguments, such as "
                         f"`{{'input_ids': ..., 'attention_mask': ...}}`, got a {type(batch).__name__}."
                     )
-                model(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()})
+                inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+                if any(v.numel() for v in inputs.values() if isinstance(v, Tensor)):
+                    model(**inputs)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -114,11 +162,55 @@ def _threshold(sketch: QuantileSketch, target: float) -> tuple[float, float]:
     return values[best].item(), below[best].item()
 
 
-def _warn_of_unreached(model: nn.Module, reached: set[str], adapters: set[str]) -> None:
-    unreached = sorted({g.module for g in gates(model) if g.adapter in adapters} - reached)
+def warn_of_unreached(model: nn.Module, reached: Iterable[Gated], outcome: str) -> None:
+    """Warn of the modules that calibration data did not reach, though they have an adapter that ran elsewhere."""
+    reached = list(reached)
+    adapters = {gated.adapter for gated in reached}
+    unreached = {g.module for g in gates(model) if g.adapter in adapters} - {gated.module for gated in reached}
     if unreached:
         warnings.warn(
-            f"No calibration data reached {', '.join(unreached)}: their thresholds stay as they are.",
-            RuntimeWarning,
-            stacklevel=3,
+            f"No calibration data reached {', '.join(sorted(unreached))}: {outcome}.", RuntimeWarning, stacklevel=3
         )
+
+
+def _by_module(values: Mapping[Gated, Any]) -> dict[str, Any]:
+    several = len({gated.adapter for gated in values}) > 1
+    return {f"{g.module}.{g.adapter}" if several else g.module: value for g, value in values.items()}
+
+
+def _parts(gated: Gated, keep: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B with the ranks to keep alone."""
+    layer: Any = gated.layer
+    A, B = layer.lora_A[gated.adapter].weight, layer.lora_B[gated.adapter].weight
+    keep = keep.to(A.device)
+    return (
+        nn.Parameter(A.detach()[keep], A.requires_grad),
+        nn.Parameter(B.detach()[:, keep].contiguous(), B.requires_grad),
+    )
+
+
+def _set_parts(gated: Gated, A: nn.Parameter, B: nn.Parameter) -> None:
+    layer: Any = gated.layer
+    adapter, r = gated.adapter, len(A)
+    lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
+    lora_A.weight, lora_A.out_features = A, r
+    lora_B.weight, lora_B.in_features = B, r
+    share = r / layer.r[adapter]
+    layer.lora_alpha[adapter] *= math.sqrt(share) if layer.use_rslora[adapter] else share
+    layer.r[adapter] = r
+
+
+def _with_ranks(config: Any, layers: list[Any], adapter: str) -> Any:
+    """A copy of a configuration whose patterns give each layer the rank and the alpha that it has.
+
+    Each key matches one module alone: PEFT lets a key match the end of a name as well, but not one that begins with
+    `^`. The keys of before go: a saved configuration is sorted, and the first key that matches counts.
+    """
+    config = copy.copy(config)
+    for pattern, field, default in (
+        ("rank_pattern", "r", config.r),
+        ("alpha_pattern", "lora_alpha", config.lora_alpha),
+    ):
+        values = {f"^{re.escape(layer.kwargs['target_name'])}": getattr(layer, field)[adapter] for layer in layers}
+        setattr(config, pattern, {key: value for key, value in values.items() if value != default})
+    return config

@@ -16,6 +16,7 @@ from spikelora.observe import Gated, gates, observing
 from spikelora.sparsity import SparsityMeter, SparsityReport
 
 _COLLAPSE = 0.999  # overall silence that is warned of
+_NAMED = 8  # modules in one warning
 _START = 0.5  # where targets begin: what a symmetric activation has at threshold 0
 _SAMPLE = 2**12  # elements that a quantile is taken of; at 0.97 it is off by 0.003, which the steps average
 _JUDGED = 0.1  # last share of the training, whose sparsity has to be near the target
@@ -111,9 +112,10 @@ class SparsityCallback(TrainerCallback):
                 dead.append(name)
         if dead:
             self._warned.update(dead)
+            names = ", ".join(dead[:_NAMED]) + (f", and {len(dead) - _NAMED} more" if len(dead) > _NAMED else "")
             warnings.warn(
                 f"{len(dead)} of {len(report.modules)} modules have never fired, and cannot learn while they are "
-                f"silent, as their B is still 0: {', '.join(dead)}. {_REMEDY}",
+                f"silent, as their B is still 0: {names}. {_REMEDY}",
                 RuntimeWarning,
                 stacklevel=2,
             )

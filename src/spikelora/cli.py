@@ -3,7 +3,6 @@
 Ends with 0 where all is well, 1 where a folder or file is not sound, and 2 for wrong usage.
 """
 
-import importlib
 import os
 import shutil
 import sys
@@ -147,16 +146,16 @@ def to_lora(
     cutoff_len: _CutoffLen = 256,
     max_batches: _MaxBatches = None,
 ) -> None:
-    """Approximate an adapter by a plain LoRA, fitted on a text, and say how far each module is off."""
+    """Approximate an adapter by a plain LoRA, fitted on a text, and say what each module loses."""
+    from spikelora import convert
     from spikelora.report_tables import numbers_table
 
     with _new_folder(output) as partial:
-        convert: Any = importlib.import_module("spikelora.convert")
         model, batches = _load(adapter, base_model, data, text_field, batch_size, cutoff_len, max_batches)
         converted = convert.to_lora(model, batches)
         converted.save_pretrained(partial)
     console = _console()
-    console.print(numbers_table("Errors of the approximation", converted.errors, "error"))
+    console.print(numbers_table("Share of the update that is lost", converted.errors, "share"))
     console.print(f"The LoRA adapter is in {output}", soft_wrap=True)
 
 

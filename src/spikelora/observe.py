@@ -34,8 +34,9 @@ def gates(model: nn.Module) -> list[Gated]:
     """
     found = []
     for name, gate in model.named_modules():
-        if isinstance(gate, SpikeGate):
-            layer, _, adapter = name.rpartition(".lora_gate.")
+        layer, is_part, adapter = f".{name}".rpartition(".lora_gate.")
+        if isinstance(gate, SpikeGate) and is_part:
+            layer = layer.removeprefix(".")
             module = layer.removeprefix("base_model.model.")
             found.append(Gated(module, adapter, gate, model.get_submodule(layer)))
     if not found:

@@ -30,7 +30,7 @@ from spikelora.paths import Choice, Path, choose, returns_private
 def _refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
     raise SpikeLoraError(
         "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight: its gate depends on the input. Serve "
-        "it unmerged, or train with `LoraConfig` where a merged model is needed."
+        "it unmerged, or make a mergeable LoRA of it with `to_lora(model, batches)`, which says how far that is off."
     )
 
 
@@ -49,8 +49,8 @@ class SpikeLinearVariant(LoraVariant):
         pattern = get_pattern_key(config.threshold_pattern.keys(), module.kwargs["target_name"])
         v_threshold = config.threshold_pattern.get(pattern, config.v_threshold)
         gate = SpikeGate(v_threshold, config.tau, config.surrogate_alpha, config.learn_threshold, config.learn_tau)
-        module.lora_gate[adapter_name] = gate
-        module._move_adapter_to_device_of_base_layer(adapter_name)
+        # A is where the adapter belongs by now. PEFT's own mover would also cast A and B of a trained LoRA.
+        module.lora_gate[adapter_name] = gate.to(module.lora_A[adapter_name].weight.device)
 
     @staticmethod
     def forward(module: "Linear", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -168,13 +168,9 @@ class SpikeLoraModel(LoraModel):
             if "is not supported" not in str(error):
                 raise
             raise _unsupported(kwargs["target_name"], target) from error
-        # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
-        if type(layer) not in _SPIKING_LAYERS or isinstance(target, NonDynamicallyQuantizableLinear):
-            raise _unsupported(kwargs["target_name"], target)
+        check_supported(layer, kwargs["target_name"], target)
         lora_config.fan_in_fan_out = plain_config.fan_in_fan_out  # PEFT corrects it for each layer
-        layer.__class__ = _SPIKING_LAYERS[type(layer)]
-        layer.lora_variant[adapter_name] = layer.resolve_lora_variant(config=lora_config)
-        layer.lora_variant[adapter_name].init(layer, adapter_name, lora_config)
+        make_spiking(layer, adapter_name, lora_config)
         return layer
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -211,13 +207,7 @@ class SpikeLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        bypassed = (pattern for types, pattern in _READ_NOT_CALLED if model_type in types)
-        if isinstance(parent, nn.TransformerEncoderLayer) or any(re.search(p, current_key) for p in bypassed):
-            raise SpikeLoraError(
-                f"Target module `{current_key}` is read by its model, not called: the gate would never run. Leave it "
-                "out through `target_modules` or `exclude_modules`."
-            )
+        check_called(self.model, parent, current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -251,6 +241,31 @@ class SpikeLoraModel(LoraModel):
 
     add_weighted_adapter = subtract_mutated_init = _refuse_merging
     _convert_state_dict_for_initial_model = classmethod(_refuse_merging)
+
+
+def make_spiking(layer: Any, adapter_name: str, config: SpikeLoraConfig) -> None:
+    """Give a supported LoRA layer of PEFT the class of the same name here, and its adapter a gate."""
+    layer.__class__ = _SPIKING_LAYERS[type(layer)]
+    layer.lora_variant[adapter_name] = layer.resolve_lora_variant(config=config)
+    layer.lora_variant[adapter_name].init(layer, adapter_name, config)
+
+
+def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
+    """Raise a `SpikeLoraError` where the layer that PEFT made for a target has no spiking counterpart."""
+    # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
+    if type(layer) not in _SPIKING_LAYERS or isinstance(target, NonDynamicallyQuantizableLinear):
+        raise _unsupported(name, target)
+
+
+def check_called(model: nn.Module, parent: nn.Module, name: str) -> None:
+    """Raise a `SpikeLoraError` where the model takes the weight of a target and never calls it."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    bypassed = (pattern for types, pattern in _READ_NOT_CALLED if model_type in types)
+    if isinstance(parent, nn.TransformerEncoderLayer) or any(re.search(p, name) for p in bypassed):
+        raise SpikeLoraError(
+            f"Target module `{name}` is read by its model, not called: the gate would never run. Leave it out through "
+            "`target_modules` or `exclude_modules`."
+        )
 
 
 def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:

@@ -1,0 +1,319 @@
+"""From a trained LoRA to SpikeLoRA, and from SpikeLoRA to a LoRA that can be merged; both say what is lost."""
+
+import copy
+import math
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spikelora.adapt import MAX_MISS, calibrate_thresholds, run, warn_of_unreached
+from spikelora.config import SpikeLoraConfig, check_target
+from spikelora.errors import SpikeLoraError
+from spikelora.observe import Gated, gates
+from spikelora.sparsity import SparsityMeter, SparsityReport
+from spikelora.tuner import Linear, SpikeLoraModel, check_called, check_supported, make_spiking
+
+# A gate that always fires; a threshold has to be finite.
+_OPEN = torch.finfo(torch.float32).min
+# A module settles once those before it have: a chain of as many modules does, and longer ones nearly.
+_MAX_ROUNDS = 8
+# Directions with a smaller share of the variance, of ranks scaled to 1, are the float32 rounding of `a`.
+_NOISE = 1e-12
+
+
+def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_sparsity: float = 0.9) -> PeftModel:
+    """Turn the trained LoRA adapter of a model, in place, into a SpikeLoRA adapter of a target sparsity.
+
+    A gate passes only one side of `a`. The LoRA function stays the same when a row of A and the column of B change
+    sign together, so that each rank is given the sign whose passing side weighs more, `sum(a * |a|) >= 0` over the
+    calibration tokens. Then the thresholds are calibrated in rounds, as the gates change what the modules behind them
+    see, until each module is within 0.03 of the target; after eight rounds a deep model may still be off. Printed are
+    the sparsity that was reached and, per module and overall, what the update loses on the calibration data at the
+    inputs that the new adapter sees: `E|dLoRA - dSpike|^2 / E|dLoRA|^2`, with `dLoRA = scaling * B a` and
+    `dSpike = scaling * B gated`.
+
+    Name, rank, scaling, dropout and targets of the adapter stay; the neuron has the default `tau`. A module that no
+    calibration token reaches keeps an open gate, which is LoRA.
+
+    Args:
+        model: a `PeftModel` with one plain LoRA adapter, on linear layers, not merged.
+        batches: the model's keyword arguments, batch by batch, attention masks among them; kept as a list, and
+            used 3 to 17 times.
+        target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
+
+    Returns:
+        The same model, its adapter now spiking.
+
+    Raises:
+        SpikeLoraError: for a model or an adapter of another kind, LoRA variants, `lora_bias`, several adapters, layers
+            that SpikeLoRA does not support, and all that `calibrate_thresholds` refuses; the model is as it was then.
+    """
+    check_target("target_sparsity", target_sparsity)
+    adapter, config, layers = _plain_lora(model)
+    batches = list(batches)
+    with ExitStack() as undo:
+        undo.callback(_restore_lora, model, adapter, model.peft_config[adapter], layers)
+        _open_gates(model, adapter, config, layers)
+        for gated, signs in _signs(model, batches).items():
+            undo.callback(_flip, gated, signs)
+            _flip(gated, signs)
+        for _ in range(_MAX_ROUNDS):
+            calibrate_thresholds(model, batches, target_sparsity)
+            with SparsityMeter(model) as meter:
+                moments = _second_moments(model, batches, "measuring")
+            sparsity = meter.report()
+            if _is_settled(sparsity, target_sparsity):
+                break
+        undo.pop_all()
+    _print_loss(moments, sparsity)
+    return model
+
+
+@dataclass(frozen=True)
+class LoraApproximation:
+    """The LoRA adapter that comes closest to a SpikeLoRA adapter, see `to_lora`.
+
+    Attributes:
+        config: its configuration.
+        tensors: its tensors by their names in an adapter's file.
+        errors: share of the update that it misses on the calibration data, by module that they reached:
+            `E|dSpike - dLoRA|^2 / E|dSpike|^2`, with `dSpike = scaling * B gated` and `dLoRA = scaling * B' a`.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    errors: dict[str, float]
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the adapter as PEFT does, for `PeftModel.from_pretrained(base, folder).merge_and_unload()`.
+
+        The configuration goes first and comes last: without it nothing loads, should the writing be interrupted.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        save_file(self.tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        self.config.save_pretrained(folder)
+
+
+def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraApproximation:
+    """The LoRA adapter, of the same rank and A, that comes closest to the active SpikeLoRA adapter on calibration data.
+
+    `B' = B C` with `C = E[gated a^T] (E[a a^T])^+` `(r, r)`: least squares of `gated` on `a` over the tokens, through
+    the activations' second moments, module by module at the inputs that the SpikeLoRA model sees. Another A could do no
+    better for Gaussian inputs: there the best linear prediction of `gated`, a function of `a = A x` alone, from all of
+    `x` is one from `a` (Bussgang, 1952). The model stays as it is.
+
+    Args:
+        model: a `PeftModel` with one active SpikeLoRA adapter.
+        batches: the model's keyword arguments, batch by batch, attention masks among them.
+
+    Returns:
+        The adapter, and the measured error of each module. A module that no token reached has B' = 0 and no error.
+
+    Raises:
+        SpikeLoraError: for a model without spiking adapters or with several active ones, no batches, no tokens, or
+            activations that are not finite.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, SpikeLoraModel):
+        raise SpikeLoraError(
+            f"This {type(model).__name__} has no spiking adapter as PEFT makes it: give the model of "
+            "`get_peft_model(model, SpikeLoraConfig(...))` or `PeftModel.from_pretrained`."
+        )
+    if len(model.active_adapters) != 1:
+        raise SpikeLoraError(
+            f"{len(model.active_adapters)} adapters are active, and one is turned into LoRA at a time: choose it by "
+            "`set_adapter`."
+        )
+    (adapter,) = model.active_adapters
+    moments = {g: m for g, m in _second_moments(model, batches, "regressing").items() if g.adapter == adapter}
+    warn_of_unreached(model, moments, "their update is 0 in the LoRA")
+    state = model.state_dict()
+    errors = {}
+    for gated in gates(model):
+        if gated.adapter != adapter:
+            continue
+        B = _weight(gated, "lora_B")
+        if gated in moments:
+            linear_B = (B.double() @ moments[gated].regression()).to(B.dtype)
+            errors[gated.module] = _share(moments[gated].distance(B, linear_B), moments[gated].spiking(B))
+        else:
+            linear_B = torch.zeros_like(B)
+        state[f"base_model.model.{gated.module}.lora_B.{adapter}.weight"] = linear_B
+    tensors = get_peft_model_state_dict(model, state, adapter)
+    return LoraApproximation(
+        _lora_config(model, adapter),
+        {
+            name: t.detach().to("cpu", copy=True).contiguous()
+            for name, t in tensors.items()
+            if ".lora_gate." not in name
+        },
+        errors,
+    )
+
+
+class _Moments(NamedTuple):
+    """Sums over tokens of `a a^T`, `gated a^T` and `gated gated^T`, each `(r, r)` in float64."""
+
+    aa: Tensor
+    ga: Tensor
+    gg: Tensor
+
+    def regression(self) -> Tensor:
+        """`C = E[gated a^T] (E[a a^T])^+` `(r, r)`, the least squares of `gated` on `a`."""
+        deviation = self.aa.diagonal().sqrt()
+        scale = torch.where(deviation > 0, 1 / deviation, 0)
+        # Of ranks scaled to 1, so that a rank with small activations is not taken for rounding.
+        inverse = torch.linalg.pinv(scale[:, None] * self.aa * scale, rtol=_NOISE, hermitian=True)
+        return self.ga @ (scale[:, None] * inverse * scale)
+
+    def spiking(self, B: Tensor) -> float:
+        """Sum of `|B gated|^2`."""
+        return _trace(B, self.gg, B)
+
+    def linear(self, B: Tensor) -> float:
+        """Sum of `|B a|^2`."""
+        return _trace(B, self.aa, B)
+
+    def distance(self, B: Tensor, linear_B: Tensor) -> float:
+        """Sum of `|B gated - linear_B a|^2`; rounding takes none below 0."""
+        return max(self.spiking(B) - 2 * _trace(B, self.ga, linear_B) + self.linear(linear_B), 0.0)
+
+
+def _trace(left: Tensor, moments: Tensor, right: Tensor) -> float:
+    """`tr(left moments right^T)`."""
+    return ((left.double() @ moments) * right.double()).sum().item()
+
+
+def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], title: str) -> dict[Gated, _Moments]:
+    sums: dict[Gated, _Moments] = {}
+
+    def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
+        a = a if mask is None else a[mask]
+        if len(a):
+            passed = torch.where(gated.gate.spikes(a), a, 0).double()
+            a = a.double()
+            new = _Moments(a.T @ a, passed.T @ a, passed.T @ passed)
+            sums[gated] = _Moments(*map(torch.add, sums[gated], new)) if gated in sums else new
+
+    run(model, batches, see, title)
+    for gated, moments in sums.items():
+        if not moments.aa.isfinite().all():
+            raise SpikeLoraError(
+                f"The activations of `{gated.module}` are not finite on these batches: look for NaN or infinity in the "
+                "model's inputs and weights."
+            )
+    return sums
+
+
+def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, list[Any]]:
+    """Name, spiking configuration and layers of the one LoRA adapter of a model, if it can be made to spike."""
+    if not isinstance(model, PeftModel) or type(model.base_model) is not LoraModel:
+        raise SpikeLoraError(
+            f"This {type(model).__name__} has no LoRA adapter as PEFT makes it: give the model of "
+            "`get_peft_model(model, LoraConfig(...))` or `PeftModel.from_pretrained`."
+        )
+    if len(model.peft_config) != 1:
+        raise SpikeLoraError(
+            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and one can be made to spike: take "
+            "the others off by `delete_adapter`, or load the one alone."
+        )
+    ((adapter, plain),) = model.peft_config.items()
+    config = SpikeLoraConfig(**{f.name: copy.copy(getattr(plain, f.name)) for f in fields(LoraConfig) if f.init})
+    base = model.base_model.model
+    layers: list[Any] = []
+    for name, layer in base.named_modules():
+        if isinstance(layer, LoraLayer):
+            check_supported(layer, name, layer.get_base_layer())
+            check_called(base, base.get_submodule(name.rpartition(".")[0]), name)
+            if layer.merged:
+                raise SpikeLoraError(f"The adapter is merged into `{name}`: call `unmerge_adapter` before.")
+            layers.append(layer)
+    return adapter, config, layers
+
+
+def _open_gates(model: PeftModel, adapter: str, config: SpikeLoraConfig, layers: list[Any]) -> None:
+    """Make the adapter a spiking one whose gates always fire, which computes the same."""
+    for layer in layers:
+        make_spiking(layer, adapter, config)
+        layer.lora_gate[adapter].train(layer.training).v_threshold.data.fill_(_OPEN)
+    model.base_model.__class__ = SpikeLoraModel
+    model.peft_config[adapter] = config
+    model.peft_type = config.peft_type
+
+
+def _restore_lora(model: PeftModel, adapter: str, config: LoraConfig, layers: list[Any]) -> None:
+    for layer in layers:
+        if isinstance(layer, Linear):
+            layer.__class__ = LoraLinear
+            layer.lora_variant.pop(adapter, None)
+            layer._modules.pop("lora_gate", None)
+    model.base_model.__class__ = LoraModel
+    model.peft_config[adapter] = config
+    model.peft_type = config.peft_type
+
+
+def _is_settled(sparsity: SparsityReport, target: float) -> bool:
+    return all(abs(m.sparsity - target) <= MAX_MISS for m in sparsity.modules.values() if m.tokens)
+
+
+def _signs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Gated, Tensor]:
+    """For each rank the sign, `(r,)`, that turns the side of `a` with the larger sum of squares up."""
+    sums: dict[Gated, Tensor] = {}
+
+    def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
+        a = (a if mask is None else a[mask]).double()
+        sums[gated] = sums.get(gated, 0) + (a * a.abs()).sum(0)
+
+    run(model, batches, see, "choosing signs")
+    return {gated: torch.where(total < 0, -1.0, 1.0) for gated, total in sums.items()}
+
+
+@torch.no_grad()
+def _flip(gated: Gated, signs: Tensor) -> None:
+    """Turn the ranks with sign -1 round, in A and in B; a second time turns them back."""
+    _weight(gated, "lora_A").mul_(signs[:, None])
+    _weight(gated, "lora_B").mul_(signs)
+
+
+def _print_loss(moments: dict[Gated, _Moments], sparsity: SparsityReport) -> None:
+    lost_overall = whole_overall = 0.0
+    print("What gating loses of the update, E|dLoRA - dSpike|^2 / E|dLoRA|^2 on the calibration data:")
+    for gated, moment in moments.items():
+        layer: Any = gated.layer
+        B = _weight(gated, "lora_B") * layer.scaling[gated.adapter]
+        lost, whole = moment.distance(B, B), moment.linear(B)
+        lost_overall, whole_overall = lost_overall + lost, whole_overall + whole
+        print(f"  {gated.module}: {_share(lost, whole):.4f} at sparsity {sparsity.modules[gated.module].sparsity:.4f}")
+    print(f"  overall: {_share(lost_overall, whole_overall):.4f} at sparsity {sparsity.sparsity:.4f}")
+
+
+def _share(lost: float, whole: float) -> float:
+    if not whole:  # an update of 0
+        return math.inf if lost else 0.0
+    return lost / whole
+
+
+def _weight(gated: Gated, part: str) -> Tensor:
+    layer: Any = gated.layer
+    return getattr(layer, part)[gated.adapter].weight.detach()
+
+
+def _lora_config(model: PeftModel, adapter: str) -> LoraConfig:
+    config = copy.deepcopy(model.peft_config[adapter]).without_neuron()
+    # As PEFT does when it saves; the tensors are there, and no start of them is wanted.
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config.inference_mode = True
+    config.init_lora_weights = True
+    return config

@@ -1,0 +1,159 @@
+"""Calibration: thresholds are quantiles of each module's own activations, and nothing changes where it fails."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_opt
+from peft import get_peft_model
+from torch import nn
+
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
+from spikelora.observe import gates
+
+TOKENS = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))
+BATCHES = [{"input_ids": part} for part in TOKENS.split(4)]
+
+
+def spiking(base, **options):
+    torch.manual_seed(0)
+    return get_peft_model(base, SpikeLoraConfig(**({"target_modules": "all-linear"} | options)))
+
+
+def one_layer(A, **options):
+    """One layer whose keyword argument is `input`, with the given A; tau is 2."""
+    model = spiking(nn.Sequential(nn.Linear(A.shape[1], 2)), r=A.shape[0], target_modules=["0"], **options)
+    model.base_model.model[0].lora_A["default"].weight.data = A
+    return model
+
+
+def thresholds(model):
+    return {gated.module: gated.gate.v_threshold.item() for gated in gates(model)}
+
+
+def test_the_quantile_of_known_activations():
+    model = one_layer(torch.eye(2))
+    x = torch.tensor([[k, 10.0 + k] for k in range(10)])  # v is 0 to 4.5 and 5 to 9.5 in steps of 0.5
+
+    assert calibrate_thresholds(model, [{"input": x}], 0.75) == {"0": 7.5}
+    with SparsityMeter(model) as meter:
+        model(x)
+    assert meter.report().sparsity == 0.75
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.97])
+def test_every_module_meets_the_target(target):
+    model = spiking(tiny_opt(), r=8)
+    model.train()
+    found = calibrate_thresholds(model, iter(BATCHES), target)
+
+    assert model.training
+    assert found == thresholds(model)
+    assert len(set(found.values())) == len(found) == 12
+    with SparsityMeter(model) as meter:
+        for batch in BATCHES:
+            model(**batch)
+    assert {round(m.sparsity, 3) for m in meter.report().modules.values()} == {target}
+
+
+def test_padding_is_left_out():
+    model, mask = spiking(tiny_opt()), torch.ones_like(TOKENS)
+    mask[::2, 5:] = 0
+    found = calibrate_thresholds(model, [{"input_ids": TOKENS, "attention_mask": mask}], 0.8)
+    garbage = torch.where(mask.bool(), TOKENS, 50)
+
+    assert calibrate_thresholds(model, [{"input_ids": garbage, "attention_mask": mask}], 0.8) == pytest.approx(found)
+    assert calibrate_thresholds(model, [{"input_ids": TOKENS}], 0.8) != pytest.approx(found)
+
+
+def test_a_dead_adapter_comes_to_life():
+    model = spiking(tiny_opt(), v_threshold=1e6)
+    calibrate_thresholds(model, BATCHES, 0.9)
+    model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
+
+    assert all(gated.layer.lora_B["default"].weight.grad.any() for gated in gates(model))
+
+
+def test_only_active_adapters_are_calibrated():
+    model = spiking(tiny_opt())
+    model.add_adapter("other", SpikeLoraConfig(target_modules=["fc1"]))
+    model.set_adapter("other")
+    found = calibrate_thresholds(model, BATCHES, 0.9)
+
+    assert set(found) == {"model.decoder.layers.0.fc1", "model.decoder.layers.1.fc1"}
+    assert all(g.gate.v_threshold.item() == pytest.approx(0.1) for g in gates(model) if g.adapter == "default")
+
+
+class Router(nn.Module):
+    """Never uses its second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_module_that_no_data_reaches_keeps_its_threshold():
+    model = spiking(Router(), target_modules=["used", "unused"])
+    with pytest.warns(RuntimeWarning, match="reached unused:"):
+        found = calibrate_thresholds(model, [{"x": torch.randn(100, 4)}], 0.9)
+    assert set(found) == {"used"}
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.1, 1.5, float("nan"), True, "0.9", None])
+def test_a_target_out_of_range(target):
+    with pytest.raises(SpikeLoraError, match="`target_sparsity` must be a share"):
+        calibrate_thresholds(spiking(tiny_opt()), BATCHES, target)
+    if target is not None:
+        with pytest.raises(SpikeLoraError, match="`target_sparsity` must be a share"):
+            SpikeLoraConfig(target_sparsity=target)
+
+
+def silence(n):
+    return [{"input_ids": TOKENS[:n], "attention_mask": torch.zeros_like(TOKENS[:n])}]
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "`batches` is empty"),
+        (silence(4), "has no token"),
+        ([{"input_ids": TOKENS[:, :0]}], "has no token"),
+        ([TOKENS], "keyword arguments.*got a Tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bad_batches_change_nothing(batches, message):
+    model = spiking(tiny_opt())
+    before, training = thresholds(model), model.training
+    with pytest.raises(SpikeLoraError, match=message):
+        calibrate_thresholds(model, batches)
+    assert thresholds(model) == before
+    assert model.training is training
+    assert not any(gated.gate.observers for gated in gates(model))
+
+
+def test_constant_activations_have_no_threshold():
+    model = one_layer(torch.eye(2))
+    with pytest.raises(SpikeLoraError, match=r"near 0.9 in `0` \(nearest: 0.00\)"):
+        calibrate_thresholds(model, [{"input": torch.ones(50, 2)}], 0.9)
+    assert thresholds(model) == {"0": pytest.approx(0.1)}
+
+
+def test_an_error_in_the_middle_changes_nothing():
+    def batches():
+        yield BATCHES[0]
+        raise OSError("the disk is gone")
+
+    model = spiking(tiny_opt())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OSError, match="disk"):
+        calibrate_thresholds(model, batches())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_no_spiking_adapter():
+    with pytest.raises(SpikeLoraError, match="no spiking adapter"):
+        calibrate_thresholds(tiny_opt(), BATCHES)

@@ -1,0 +1,287 @@
+"""The callbacks in transformers' Trainer and TRL's: what they log and hold, and that watching changes nothing."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_opt
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from spikelora import SparsityCallback, SparsityControlCallback, SparsityMeter, SpikeLoraConfig, SpikeLoraError
+from spikelora.observe import gates
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
+GENERATOR = torch.Generator().manual_seed(0)
+ROWS = [
+    {"input_ids": ids, "labels": ids, "attention_mask": [1] * 12 + [0] * 4}
+    for ids in torch.randint(3, 100, (64, 16), generator=GENERATOR).tolist()
+]
+
+
+class Reporter(TrainerCallback):
+    """What a reporter such as TensorBoard's sees: the logs when it is called, before the callbacks behind it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.seen.append((state.global_step, dict(logs)))
+
+
+def spiking(**options):
+    torch.manual_seed(0)
+    defaults = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "v_threshold": 0.0}
+    config = SpikeLoraConfig(**(defaults | options))
+    return get_peft_model(tiny_opt(), config)
+
+
+def make_trainer(folder, model, callbacks=(), **options):
+    options = {
+        "max_steps": 10,
+        "logging_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+    } | options
+    arguments = TrainingArguments(output_dir=str(folder), **options)
+    return Trainer(model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:10], callbacks=list(callbacks))
+
+
+def test_logs_with_each_loss_and_each_evaluation(tmp_path):
+    reporter, model = Reporter(), spiking()
+    trainer = make_trainer(tmp_path, model, [reporter], eval_strategy="steps", eval_steps=5)
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+
+    kinds = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    figures = {"sparsity", "silent_tokens", "zero_threshold_sparsity", *(f"sparsity/{kind}" for kind in kinds)}
+    training = [(step, logs) for step, logs in reporter.seen if "sparsity" in logs]
+    evaluation = [(step, logs) for step, logs in reporter.seen if "eval_sparsity" in logs]
+    assert [step for step, _ in training] == [step for step, _ in evaluation] == [5, 10]
+    assert all(figures <= logs.keys() for _, logs in training)
+    assert all({f"eval_{name}" for name in figures} <= logs.keys() for _, logs in evaluation)
+    assert all(0 < logs["sparsity"] < 1 for _, logs in training)
+    with SparsityMeter(model.eval()) as meter, torch.no_grad():
+        for row in ROWS[:10]:
+            model(**{name: torch.tensor([values]) for name, values in row.items()})
+    assert evaluation[-1][1]["eval_sparsity"] == pytest.approx(meter.report().sparsity, abs=1e-6)
+    assert any("sparsity" in logs for logs in trainer.state.log_history)
+
+
+def test_the_training_logs_cover_every_token_since_the_last(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, spiking(), gradient_accumulation_steps=2)
+    callback = SparsityCallback(trainer)
+    trainer.add_callback(callback)
+    reports, report = [], callback._training.report
+    monkeypatch.setattr(callback._training, "report", lambda: reports.append(report()) or reports[-1])
+    trainer.train()
+
+    # 5 updates of 2 x 4 rows with 12 tokens that are no padding, in 12 modules
+    assert [r.tokens for r in reports] == [5 * 2 * 4 * 12 * 12] * 2
+
+
+def test_evaluate_alone_returns_the_figures(tmp_path):
+    trainer = make_trainer(tmp_path, spiking())
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.predict(ROWS[:3])
+    metrics = trainer.evaluate(metric_key_prefix="test")
+
+    assert 0 < metrics["test_sparsity"] < 1
+    assert 0 < metrics["test_sparsity/fc1"] < 1
+
+
+def test_watching_changes_nothing(tmp_path):
+    def losses(watch):
+        model = spiking(lora_dropout=0.1)
+        trainer = make_trainer(tmp_path, model, logging_steps=1, eval_strategy="steps", eval_steps=5)
+        if watch:
+            trainer.add_callback(SparsityCallback(trainer))
+        trainer.train()
+        return [(e["step"], e[k]) for e in trainer.state.log_history for k in ("loss", "eval_loss") if k in e]
+
+    assert losses(True) == losses(False)
+
+
+def test_a_second_training_does_not_count_twice(tmp_path):
+    trainer = make_trainer(tmp_path, spiking())
+    callback = SparsityCallback(trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    observers = [len(g.gate.observers) for g in gates(trainer.model)]
+    trainer.train()
+
+    assert [len(g.gate.observers) for g in gates(trainer.model)] == observers
+    assert set(observers) == {1}  # the evaluation's
+
+
+def test_dead_modules_are_named_once(tmp_path):
+    model = spiking(threshold_pattern={"fc2": 1e6})
+    trainer = make_trainer(tmp_path, model, logging_steps=2)
+    trainer.add_callback(SparsityCallback(trainer))
+    with pytest.warns(RuntimeWarning, match="2 of 12 modules have never fired") as caught:
+        trainer.train()
+
+    texts = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert len(texts) == 1
+    assert "model.decoder.layers.0.fc2, model.decoder.layers.1.fc2" in texts[0]
+    assert "calibrate_thresholds" in texts[0]
+
+
+def test_a_silent_module_that_has_learned_is_not_called_dead(tmp_path):
+    model = spiking(threshold_pattern={"fc2": 1e6})
+    for gated in gates(model):
+        gated.layer.lora_B["default"].weight.data.fill_(0.01)
+    trainer = make_trainer(tmp_path, model)
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+
+
+def test_collapse_is_named_once(tmp_path):
+    trainer = make_trainer(tmp_path, spiking(v_threshold=1e6), logging_steps=2)
+    trainer.add_callback(SparsityCallback(trainer))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        trainer.train()
+    texts = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert len(texts) == 2
+    assert "12 of 12 modules have never fired" in texts[0]
+    assert "and 4 more" in texts[0]
+    assert "has fallen silent: sparsity 100.00%" in texts[1]
+
+
+def test_a_model_without_a_spiking_adapter(tmp_path):
+    with pytest.raises(SpikeLoraError, match="no spiking adapter"):
+        SparsityCallback(make_trainer(tmp_path, tiny_opt()))
+
+
+def held_out(model):
+    with SparsityMeter(model.eval()) as meter, torch.no_grad():
+        for row in ROWS:
+            model(**{name: torch.tensor([values]) for name, values in row.items()})
+    return meter.report()
+
+
+@pytest.mark.parametrize("target", [0.5, 0.9, 0.97])
+def test_control_holds_the_target(tmp_path, target):
+    model = spiking(target_sparsity=target, target_tolerance=0.03)
+    options = {"max_steps": 80, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine"}
+    trainer = make_trainer(tmp_path, model, [SparsityControlCallback()], **options)
+    trainer.train()
+    report = held_out(model)
+
+    assert report.sparsity == pytest.approx(target, abs=0.01)
+    assert all(m.sparsity == pytest.approx(target, abs=0.03) for m in report.modules.values())
+    assert not any(gated.gate.observers for gated in gates(model))
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny_opt(), tmp_path / "adapter")
+    assert [g.gate.v_threshold.item() for g in gates(loaded)] == [g.gate.v_threshold.item() for g in gates(model)]
+
+
+def test_control_wakes_a_dead_module(tmp_path):
+    model = spiking(target_sparsity=0.9, target_tolerance=0.5, v_threshold=1e6)
+    make_trainer(tmp_path, model, [SparsityControlCallback()]).train()
+
+    assert all(gated.layer.lora_B["default"].weight.any() for gated in gates(model))
+
+
+def test_the_target_rises_over_the_warm_up(tmp_path):
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.shares = []
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            self.shares.append(round(held_out(model).sparsity, 2))
+            model.train()
+
+    model = spiking(target_sparsity=0.9, target_tolerance=0.5)
+    watch = Watch()
+    callbacks = [SparsityControlCallback(warmup_ratio=0.5, gain=1.0), watch]
+    make_trainer(tmp_path, model, callbacks, learning_rate=1e-6, per_device_train_batch_size=32).train()
+
+    assert watch.shares[:6] == pytest.approx([0.5, 0.58, 0.66, 0.74, 0.82, 0.9], abs=0.02)
+
+
+def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
+    def run(folder, resume=None, **options):
+        model = spiking(target_sparsity=0.9, target_tolerance=0.5)
+        trainer = make_trainer(
+            folder, model, [SparsityControlCallback()], save_strategy="steps", save_steps=5, logging_steps=1, **options
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return [e["loss"] for e in trainer.state.log_history if "loss" in e], [
+            g.gate.v_threshold.item() for g in gates(model)
+        ]
+
+    losses, thresholds = run(tmp_path)
+    resumed_losses, resumed_thresholds = run(tmp_path, str(tmp_path / "checkpoint-5"))
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+
+    assert resumed_losses == losses
+    assert resumed_thresholds == thresholds
+    assert state["stateful_callbacks"]["SparsityControlCallback"]["args"] == {"warmup_ratio": 0.1, "gain": 0.1}
+
+
+def test_ending_far_from_the_target_is_said(tmp_path):
+    model = spiking(target_sparsity=0.97)
+    with pytest.warns(RuntimeWarning, match=r"Adapter 'default' ended at a sparsity of 0\.[0-9]+, further"):
+        make_trainer(tmp_path, model, [SparsityControlCallback(gain=0.01, warmup_ratio=1.0)]).train()
+
+
+def test_control_without_a_target(tmp_path):
+    with pytest.raises(SpikeLoraError, match="has no target"):
+        make_trainer(tmp_path, spiking(), [SparsityControlCallback()]).train()
+
+
+@pytest.mark.parametrize("options", [{"gain": 0}, {"gain": 1.5}, {"warmup_ratio": -0.1}])
+def test_control_checks_its_options(options):
+    with pytest.raises(SpikeLoraError, match="must be a share"):
+        SparsityControlCallback(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_tolerance": 0}, {"target_tolerance": 1.0}, {"target_sparsity": 0.9, "learn_threshold": True}]
+)
+def test_the_configuration_checks_its_options(options):
+    with pytest.raises(SpikeLoraError, match="`target_"):
+        SpikeLoraConfig(**options)
+
+
+def test_trl(tmp_path):
+    rows = Dataset.from_list([{"input_ids": row["input_ids"]} for row in ROWS])
+    reporter = Reporter()
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        logging_steps=2,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        report_to="none",
+        disable_tqdm=True,
+        bf16=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+    )
+    trainer = SFTTrainer(
+        spiking(target_sparsity=0.9, target_tolerance=0.5),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(8)),
+        processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        callbacks=[reporter, SparsityControlCallback()],
+    )
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+
+    assert [step for step, logs in reporter.seen if "sparsity" in logs] == [2, 4]
+    assert [step for step, logs in reporter.seen if "eval_sparsity" in logs] == [4]
+    losses = [logs for _, logs in reporter.seen if "loss" in logs]
+    assert all("mean_token_accuracy" in logs for logs in losses)
