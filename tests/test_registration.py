@@ -81,7 +81,13 @@ def test_names_in_peft():
 
 
 def test_public_names():
-    assert sorted(spikelora.__all__) == ["SpikeLoraConfig", "SpikeLoraError", "SpikeLoraModel"]
+    assert sorted(spikelora.__all__) == [
+        "Ledger",
+        "SpikeLoraConfig",
+        "SpikeLoraError",
+        "SpikeLoraModel",
+        "operations",
+    ]
     assert all(getattr(spikelora, name).__name__ == name for name in spikelora.__all__)
     assert spikelora.__version__ == importlib.metadata.version("spikelora")
 

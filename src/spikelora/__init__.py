@@ -7,6 +7,7 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 from typing import TYPE_CHECKING, Any
 
 from spikelora._registration import register
+from spikelora.account import Ledger, operations
 from spikelora.adapt import calibrate_thresholds
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from spikelora.callbacks import SparsityCallback, SparsityControlCallback
 
 __all__ = [
+    "Ledger",
     "ModuleSparsity",
     "Sparsity",
     "SparsityCallback",
@@ -27,6 +29,7 @@ __all__ = [
     "SpikeLoraError",
     "SpikeLoraModel",
     "calibrate_thresholds",
+    "operations",
 ]
 __version__ = "0.1.0"
 
