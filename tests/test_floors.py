@@ -23,6 +23,7 @@ FLOORS = {
     "config": 2,
     "tuner": 3,
     "_registration": 3,
+    "account": 4,
     "adapt": 4,
     "callbacks": 4,
     "convert": 4,

@@ -82,6 +82,7 @@ def test_names_in_peft():
 
 def test_public_names():
     assert spikelora.__all__ == [
+        "Ledger",
         "LoraApproximation",
         "ModuleSparsity",
         "Sparsity",
@@ -94,6 +95,7 @@ def test_public_names():
         "SpikeLoraModel",
         "calibrate_thresholds",
         "from_lora",
+        "operations",
         "prune_ranks",
         "to_lora",
     ]

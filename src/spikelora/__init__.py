@@ -7,6 +7,7 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 from typing import TYPE_CHECKING, Any
 
 from spikelora._registration import register
+from spikelora.account import Ledger, operations
 from spikelora.adapt import calibrate_thresholds, prune_ranks
 from spikelora.config import SpikeLoraConfig
 from spikelora.convert import LoraApproximation, from_lora, to_lora
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from spikelora.callbacks import SparsityCallback, SparsityControlCallback
 
 __all__ = [
+    "Ledger",
     "LoraApproximation",
     "ModuleSparsity",
     "Sparsity",
@@ -30,6 +32,7 @@ __all__ = [
     "SpikeLoraModel",
     "calibrate_thresholds",
     "from_lora",
+    "operations",
     "prune_ranks",
     "to_lora",
 ]
