@@ -142,7 +142,8 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
                         f"`{{'input_ids': ..., 'attention_mask': ...}}`, got a {type(batch).__name__}."
                     )
                 inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
-                if any(v.numel() for v in inputs.values() if isinstance(v, Tensor)):
+                sizes = [v.numel() for v in inputs.values() if isinstance(v, Tensor)]
+                if any(sizes) or not sizes:  # models fail on batches without any token
                     model(**inputs)
     finally:
         for module, mode in modes.items():
