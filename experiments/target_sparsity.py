@@ -21,6 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "spikelora_finetuning" / "spikelora_finetuning.py"
 TARGETS = (0.5, 0.7, 0.9, 0.97)
+TOLERANCE, MODULE_TOLERANCE = 0.01, 0.03  # of a target, overall and in each module; beyond them it counts as missed
 # Below 0 the gate passes a part of the negative activations as well: training drives most of them there.
 THRESHOLDS = (-0.3, -0.15, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 HEAD = """# Held sparsities and fixed thresholds
@@ -72,9 +73,11 @@ def text(table: pd.DataFrame) -> str:
     for _, run in held.iterrows():
         there = fixed_at(run.sparsity, fixed)
         beside = "outside of all runs" if math.isnan(there) else f"{there:.3f}"
+        missed = max(run.value - run.lowest_module, run.highest_module - run.value) > MODULE_TOLERANCE
+        missed = missed or abs(run.sparsity - run.value) > TOLERANCE
         lines.append(
-            f"| {run.value:g} | {run.sparsity:.3f} | {run.lowest_module:.3f}, {run.highest_module:.3f} "
-            f"| {run.silent_tokens:.1%} | {run.loss:.3f} | {beside} |"
+            f"| {run.value:g}{' (missed)' if missed else ''} "
+            f"| {run.sparsity:.3f} | {run.lowest_module:.3f}, {run.highest_module:.3f} | {run.silent_tokens:.1%} | {run.loss:.3f} | {beside} |"
         )
     lines += [
         "",

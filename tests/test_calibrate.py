@@ -157,3 +157,26 @@ def test_an_error_in_the_middle_changes_nothing():
 def test_no_spiking_adapter():
     with pytest.raises(SpikeLoraError, match="no spiking adapter"):
         calibrate_thresholds(tiny_opt(), BATCHES)
+
+
+@pytest.mark.parametrize(("value", "share"), [(torch.nan, 1.0), (torch.inf, 0.2)])
+def test_activations_that_are_no_numbers_have_no_threshold(value, share):
+    model, x = one_layer(torch.eye(1)), torch.randn(100, 1)
+    x[: round(share * 100)] = value
+    with pytest.raises(SpikeLoraError, match=r"near 0\.9 in `0`"):
+        calibrate_thresholds(model, [{"input": x}], 0.9)
+    assert thresholds(model) == {"0": pytest.approx(0.1)}
+
+
+class Experts(Router):
+    """Calls its second layer without any token."""
+
+    def forward(self, x):
+        return self.used(x) + self.unused(x[:0]).sum()
+
+
+def test_a_module_that_runs_without_tokens_keeps_its_threshold():
+    model = spiking(Experts(), target_modules=["used", "unused"])
+    with pytest.warns(RuntimeWarning, match="reached unused:"):
+        found = calibrate_thresholds(model, [{"x": torch.randn(100, 4)}], 0.9)
+    assert set(found) == {"used"}

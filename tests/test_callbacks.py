@@ -9,10 +9,19 @@ import torch
 from conftest import tiny_opt
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from spikelora import SparsityCallback, SparsityControlCallback, SparsityMeter, SpikeLoraConfig, SpikeLoraError
+from spikelora import (
+    SparsityCallback,
+    SparsityControlCallback,
+    SparsityMeter,
+    SpikeLoraConfig,
+    SpikeLoraError,
+    prune_ranks,
+)
+from spikelora.callbacks import _sample
 from spikelora.observe import gates
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
@@ -115,11 +124,46 @@ def test_a_second_training_does_not_count_twice(tmp_path):
     callback = SparsityCallback(trainer)
     trainer.add_callback(callback)
     trainer.train()
-    observers = [len(g.gate.observers) for g in gates(trainer.model)]
+    first = trainer.state.log_history
     trainer.train()
 
-    assert [len(g.gate.observers) for g in gates(trainer.model)] == observers
-    assert set(observers) == {1}  # the evaluation's
+    assert not any(g.gate.observers for g in gates(trainer.model))
+    assert [e["step"] for e in trainer.state.log_history] == [e["step"] for e in first]
+
+
+def test_an_evaluation_is_that_of_its_own_rows(tmp_path):
+    trainer = make_trainer(tmp_path, spiking())
+    trainer.add_callback(SparsityCallback(trainer))
+    alone = trainer.evaluate()["eval_sparsity"]
+    trainer.model.eval()(input_ids=torch.full((2, 16), 5))
+
+    assert trainer.evaluate()["eval_sparsity"] == alone
+
+
+def test_ranks_may_be_pruned_between_evaluations(tmp_path):
+    model = spiking(v_threshold=0.4)
+    trainer = make_trainer(tmp_path, model)
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.evaluate()
+    rows = {name: torch.tensor([row[name] for row in ROWS[:10]]) for name in ("input_ids", "attention_mask")}
+    before = trainer.evaluate()["eval_sparsity"]
+    assert sum(prune_ranks(model, [rows]).values())
+    assert trainer.evaluate()["eval_sparsity"] < before
+
+
+def test_a_model_that_the_trainer_makes_anew(tmp_path):
+    arguments = {"logging_steps": 5, "max_steps": 5, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    trainer = Trainer(
+        model_init=lambda: spiking(),
+        args=TrainingArguments(output_dir=str(tmp_path), dataloader_pin_memory=False, **arguments),
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:10],
+    )
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+
+    assert any("sparsity" in logs for logs in trainer.state.log_history)
+    assert 0 < trainer.evaluate()["eval_sparsity"] < 1
 
 
 def test_dead_modules_are_named_once(tmp_path):
@@ -285,3 +329,51 @@ def test_trl(tmp_path):
     assert [step for step, logs in reporter.seen if "eval_sparsity" in logs] == [4]
     losses = [logs for _, logs in reporter.seen if "loss" in logs]
     assert all("mean_token_accuracy" in logs for logs in losses)
+    assert not any("mean_token_accuracy" in logs for _, logs in reporter.seen if "sparsity" in logs)
+
+
+def test_control_under_dropout_says_what_it_holds(tmp_path):
+    model = spiking(target_sparsity=0.9, target_tolerance=0.5, lora_dropout=0.3)
+    with pytest.warns(RuntimeWarning, match="is held under `lora_dropout=0.3`"):
+        make_trainer(tmp_path, model, [SparsityControlCallback()], max_steps=1).train()
+
+
+@pytest.mark.parametrize(("rows", "length", "r"), [(64, 16, 64), (64, 128, 8), (1, 9, 8), (3, 1000, 100)])
+def test_the_sample_has_no_period(rows, length, r):
+    a = torch.arange(rows * length).view(-1, 1).expand(-1, r)
+    seen = a[_sample(a)][:, 0]
+
+    assert len(seen) == min(rows * length, 4096 // r)
+    assert len(seen.unique()) == len(seen)
+    places = torch.bincount(seen % length, minlength=length)
+    if rows * length > len(seen):
+        assert places.max() - places.min() <= max(2, 0.5 * places.float().mean())
+
+
+class Experts(nn.Module):
+    """Calls its second layer without any token."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x) + self.unused(x[:0]).sum()
+
+
+def test_control_lives_with_a_module_that_sees_no_token(tmp_path):
+    config = SpikeLoraConfig(target_modules=["used", "unused"], target_sparsity=0.9, target_tolerance=0.5)
+    model = get_peft_model(Experts(), config).train()
+    arguments, state, control = TrainingArguments(output_dir=str(tmp_path)), TrainerState(max_steps=1), TrainerControl()
+    callback = SparsityControlCallback(warmup_ratio=0.0)
+    callback.on_train_begin(arguments, state, control, model=model)
+    x = torch.randn(100, 4)
+    model(x)
+    state.global_step = 1
+    callback.on_step_end(arguments, state, control)
+    with SparsityMeter(model) as meter:
+        model(x)
+    callback.on_train_end(arguments, state, control)
+
+    assert model.base_model.model.unused.lora_gate["default"].v_threshold.item() == pytest.approx(0.1)
+    assert meter.report().sparsity == pytest.approx(0.9, abs=0.01)

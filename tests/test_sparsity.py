@@ -13,8 +13,12 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LongformerConfig,
+    LongformerModel,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -22,6 +26,7 @@ from transformers import (
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
 from spikelora.observe import gates
 from spikelora.paths import Path, force_path
+from spikelora.sparsity import places
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -360,3 +365,77 @@ def test_compiled():
     with torch.no_grad():
         compiled(X)
     assert meter.report().tokens == 4
+
+
+def tiny_bert(model_class=BertModel, config_class=BertConfig, **options):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return model_class(config_class(vocab_size=100, pad_token_id=1, **shape, **options))
+
+
+def test_kinds_tell_the_modules_of_a_layer_apart():
+    model = spiking(tiny_bert()).eval()
+    with SparsityMeter(model) as meter:
+        model(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS), token_type_ids=torch.zeros_like(TOKENS))
+    dense = {"attention.output.dense", "intermediate.dense", "output.dense", "pooler.dense"}
+    assert set(meter.report().kinds) == {"query", "key", "value", *dense}
+    assert places(["h.0.experts.0.w1", "h.0.experts.1.w1", "lm_head", "3"]) == {
+        "h.0.experts.0.w1": ("h.0", "w1"),
+        "h.0.experts.1.w1": ("h.0", "w1"),
+        "lm_head": ("", "lm_head"),
+        "3": ("3", "3"),
+    }
+
+
+def test_an_encoder_with_a_pooler():
+    model, mask = spiking(tiny_bert()).eval(), torch.ones_like(TOKENS)
+    mask[0, 5:] = 0
+    with SparsityMeter(model) as meter:
+        model(input_ids=TOKENS, attention_mask=mask)
+    modules = meter.report().modules
+
+    assert modules.pop("pooler.dense").tokens == 2
+    assert {module.tokens for module in modules.values()} == {5 + 14}
+
+
+def test_masks_that_are_added_to_scores_are_none_of_tokens():
+    """Longformer turns the mask of tokens into one to add, of the same shape."""
+    model = tiny_bert(LongformerModel, LongformerConfig, attention_window=4, max_position_embeddings=40)
+    model, tokens, mask = spiking(model).eval(), torch.arange(3, 35).view(2, 16), torch.ones(2, 16)
+    mask[0, 6:] = 0
+    with SparsityMeter(model) as meter:
+        model(input_ids=tokens, attention_mask=mask)
+    assert meter.report().modules["encoder.layer.0.intermediate.dense"].tokens == 6 + 16
+
+
+def test_tokens_before_batch():
+    class TokensFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x, attention_mask):
+            return self.fc(x.transpose(0, 1))
+
+    model = spiking(TokensFirst(), r=3, target_modules=["fc"], v_threshold=1.0).eval()
+    model.base_model.model.fc.lora_A["default"].weight.data = torch.eye(3)
+    x, mask = torch.full((2, 4, 3), 9.0), torch.ones(2, 4)
+    x[1, 1:], mask[1, 1:] = -9.0, 0
+    with SparsityMeter(model) as meter:
+        model(x=x, attention_mask=mask)
+    assert (meter.report().tokens, meter.report().sparsity) == (5, 0.0)
+
+
+def test_a_copy_is_not_watched():
+    model = by_hand()
+    with SparsityMeter(model) as meter:
+        copied = copy.deepcopy(model)
+        copied(X)
+    assert meter.report().tokens == 0
+    torch.testing.assert_close(copied(X), model(X))
+
+
+def test_a_meter_measures_once_at_a_time():
+    meter = SparsityMeter(by_hand())
+    with meter, pytest.raises(SpikeLoraError, match="is measuring already"):
+        meter.__enter__()

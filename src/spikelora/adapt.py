@@ -42,23 +42,25 @@ def calibrate_thresholds(
 
     Raises:
         SpikeLoraError: for a target outside (0, 1), a model without spiking adapters, no batches, no tokens, or
-            activations for which no threshold comes within 0.03 of the target; all thresholds are as they were then.
+            activations for which no finite threshold comes within 0.03 of the target; all are as they were then.
     """
     check_target("target_sparsity", target_sparsity)
     sketches: dict[Gated, QuantileSketch] = defaultdict(QuantileSketch)
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        v = charge(a, gated.gate.neuron()[1])
-        sketches[gated].add(v if mask is None else v[mask])
+        v = charge(a if mask is None else a[mask], gated.gate.neuron()[1])
+        if len(v):
+            sketches[gated].add(v)
 
     run(model, batches, see, "calibrating")
     found = {gated: _threshold(sketch, target_sparsity) for gated, sketch in sketches.items()}
-    missed = {gated.module: share for gated, (_, share) in found.items() if abs(share - target_sparsity) > MAX_MISS}
+    # The other way round a share that is no number, as of activations that are none, would pass.
+    missed = {g.module: share for g, (_, share) in found.items() if not abs(share - target_sparsity) <= MAX_MISS}
     if missed:
         raise SpikeLoraError(
             f"No threshold gives a sparsity near {target_sparsity:g} in "
-            f"{', '.join(f'`{name}` (nearest: {share:.2f})' for name, share in missed.items())}: many of its "
-            "activations have the same value. Calibrate on more varied data, or with another target."
+            f"{', '.join(f'`{name}` (nearest: {share:.2f})' for name, share in missed.items())}: its activations are "
+            "too few, repeat too often, or are not finite. Calibrate on more varied data, or with another target."
         )
     warn_of_unreached(model, found, "their thresholds stay as they are")
     with torch.no_grad():
@@ -157,6 +159,7 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
 def _threshold(sketch: QuantileSketch, target: float) -> tuple[float, float]:
     """The threshold whose sparsity comes closest to the target, and that sparsity."""
     values, below = sketch.shares_below()
+    values, below = values[values.isfinite()], below[values.isfinite()]
     if not len(values):
         return math.nan, math.nan
     best = (below - target).abs().argmin()

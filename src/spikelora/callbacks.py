@@ -1,7 +1,8 @@
 """Callbacks for transformers' Trainer and those of TRL: watching the sparsity, and holding it at a target."""
 
+import functools
+import math
 import warnings
-from collections import defaultdict
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,36 +32,56 @@ class SparsityCallback(TrainerCallback):
 
         trainer.add_callback(SparsityCallback(trainer))
 
-    With each training loss: `sparsity`, `silent_tokens` and `zero_threshold_sparsity` of everything since the last one,
-    and `sparsity/<kind>` by kind of module. With each evaluation the same over the whole evaluation set, as
-    `eval_sparsity` and so on, which are also put into the metrics that `evaluate()` returns. Warns of modules that
-    cannot learn, as they never fired and their B is still 0, and of a model that has fallen silent.
+    Behind each training loss: `sparsity`, `silent_tokens` and `zero_threshold_sparsity` of everything since the last
+    one, and `sparsity/<kind>` by kind of module. With each evaluation the same over the whole evaluation set, as
+    `eval_sparsity` and so on, which are also put into the metrics that `evaluate()` returns: a search for
+    hyperparameters that adds up all metrics wants an objective of its own. Warns of modules that cannot learn, as they
+    never fired and their B is still 0, and of a model that has fallen silent, unless a
+    `SparsityControlCallback` is there for that.
 
     Args:
         trainer: the trainer that it is added to, whose model has a spiking adapter.
 
     Raises:
-        SpikeLoraError: where it has none.
+        SpikeLoraError: where it has none, and under `torch.nn.DataParallel`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        _refuse_data_parallel(trainer.args)
         self._trainer = trainer
-        self._training = SparsityMeter(trainer.model, training=True)
-        # Attached for good: no event announces an evaluation.
-        self._evaluation = SparsityMeter(trainer.model, training=False).__enter__()
+        self._model = trainer.model
+        self._training = SparsityMeter(self._model, training=True)
+        self._evaluation = SparsityMeter(self._model)
+        self._pending: dict[str, float] = {}
         self._fired: set[str] = set()
         self._warned: set[str] = set()
+        # No event announces an evaluation, so that the meter is put around the method that runs it.
+        evaluation_loop = trainer.evaluation_loop
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        @functools.wraps(evaluation_loop)
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            self._evaluation.reset()
+            with self._evaluation:
+                return evaluation_loop(*args, **kwargs)
+
+        trainer.evaluation_loop = metered
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
         self._training.__exit__()  # a training before this one may have been interrupted
+        if model is not self._model:  # the trainer has made it anew, by `model_init`
+            self._model = model
+            self._training, self._evaluation = SparsityMeter(model, training=True), SparsityMeter(model)
         self._training.reset()
         self._training.__enter__()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._training.__exit__()
+        self._log_pending()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._evaluation.reset()  # what ran in evaluation mode without being an evaluation
+        self._log_pending()
 
     def on_log(
         self,
@@ -76,8 +97,9 @@ class SparsityCallback(TrainerCallback):
         self._training.reset()
         if not report.tokens:
             return
-        # Logged beside, not added to `logs`: reporters that come before this callback have read those already.
-        self._trainer.log(_figures(report, ""))
+        # Not added to `logs`, which reporters that come before this callback have read already; and not logged from
+        # within the trainer's own call, where TRL's trainers would log their metrics a second time.
+        self._pending = _figures(report, "")
         if state.is_world_process_zero:
             self._warn(report)
 
@@ -89,21 +111,26 @@ class SparsityCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        self._log_pending()
         report = self._evaluation.report()
-        self._evaluation.reset()
-        prefix = next((name.removesuffix("runtime") for name in metrics if name.endswith("_runtime")), "eval_")
+        runtimes = [name for name in metrics if name.endswith("_runtime")]
+        prefix = min(runtimes, key=len).removesuffix("runtime") if runtimes else "eval_"
         if report.tokens:
             figures = _figures(report, prefix)
             metrics.update(figures)
             self._trainer.log(figures)
 
-    def on_predict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._evaluation.reset()
+    def _log_pending(self) -> None:
+        if self._pending:
+            figures, self._pending = self._pending, {}
+            self._trainer.log(figures)
 
     def _warn(self, report: SparsityReport) -> None:
+        if any(isinstance(other, SparsityControlCallback) for other in self._trainer.callback_handler.callbacks):
+            return
         self._fired |= {name for name, module in report.modules.items() if module.sparsity < 1}
         silent = report.modules.keys() - self._fired - self._warned
-        gated = {(g.module, g.adapter): g for g in gates(self._trainer.model)} if silent else {}
+        gated = {(g.module, g.adapter): g for g in gates(self._model)} if silent else {}
         dead = []
         for name in sorted(silent):
             module = report.modules[name]
@@ -138,17 +165,19 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     """Holds each module at the `target_sparsity` of its configuration while it is trained.
 
     After each step the threshold goes a part of the way to the target quantile of the module's own activations in that
-    step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, averaged over micro-batches and processes. The
+    step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, the mean over micro-batches and processes. The
     target itself rises from 0.5, what a symmetric activation has at threshold 0, over the first steps. A module that
     never fires comes back to life so, as its threshold falls to its activations. The thresholds are saved with the
-    adapter, in checkpoints as at the end.
+    adapter, in checkpoints as at the end. What is held is the sparsity of the training, under its dropout: without
+    `lora_dropout` activations vary less, and the sparsity is higher.
 
     Args:
         warmup_ratio: share of the training over which the target rises.
         gain: share of the way that a threshold goes in one step.
 
     Raises:
-        SpikeLoraError: at the start of the training, where no spiking adapter has a `target_sparsity`.
+        SpikeLoraError: at the start of the training, where no spiking adapter has a `target_sparsity`, and under
+            `torch.nn.DataParallel`.
     """
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:
@@ -166,6 +195,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         self._context.close()
+        _refuse_data_parallel(args)
         configs: Any = model.peft_config
         targets = {gated: configs[gated.adapter].target_sparsity for gated in gates(model)}
         self._targets = {gated: target for gated, target in targets.items() if target is not None}
@@ -174,8 +204,16 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
             raise SpikeLoraError(
                 "SparsityControlCallback has no target: set `SpikeLoraConfig(target_sparsity=...)`, or leave it out."
             )
+        dropout = max(configs[adapter].lora_dropout for adapter in self._goals)
+        if dropout and state.is_world_process_zero:
+            warnings.warn(
+                f"`target_sparsity` is held under `lora_dropout={dropout:g}`; without it, as in evaluation, the "
+                "sparsity is higher. Leave `lora_dropout=0`, or call `calibrate_thresholds` after the training.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         self._is_new = state.global_step == 0
-        self._quantiles: dict[Gated, list[Tensor]] = defaultdict(list)
+        self._seen: dict[Gated, Tensor] = {}
         self._set_progress(state)
         self._context.enter_context(observing(model, self._see))
         self._meter = self._context.enter_context(SparsityMeter(model, training=True))
@@ -183,13 +221,16 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         # In the same order in all processes, also for a module that ran in some of them only.
-        seen = [torch.stack(self._quantiles[g] or [g.gate.tau.new_full((), torch.nan)]) for g in self._targets]
-        self._quantiles.clear()
+        sums = torch.stack([self._seen.get(g, torch.zeros(2)).to(args.device) for g in self._targets])
+        self._seen.clear()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
         gain = 1.0 if self._is_new else self.gain
         self._is_new = False
-        for gated, mean, is_known in zip(self._targets, *_means(seen), strict=True):
+        for gated, (total, count) in zip(self._targets, sums, strict=True):
             v_threshold = gated.gate.v_threshold
-            v_threshold.copy_(torch.where(is_known, v_threshold.lerp(mean, gain), v_threshold))
+            moved = v_threshold.lerp((total / count.clamp(min=1)).to(v_threshold.device), gain)
+            v_threshold.copy_(torch.where(count.to(v_threshold.device) > 0, moved, v_threshold))
         self._set_progress(state)
         if state.global_step <= (1 - _JUDGED) * state.max_steps:
             self._meter.reset()
@@ -217,28 +258,35 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         self._progress = min(1.0, state.global_step / n_warmup) if n_warmup else 1.0
 
     def _see(self, gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        if gated not in self._targets or not gated.gate.training:
+        if gated not in self._targets or not gated.gate.training or not a.numel():
             return
-        stride = -(-a.numel() // _SAMPLE)  # whole tokens, so that every rank has its share
-        v = charge(a[::stride], gated.gate.neuron()[1])
+        tokens = _sample(a)
+        v = charge(a[tokens], gated.gate.neuron()[1])
         if mask is not None:
-            v = v.masked_fill(~mask[::stride, None], torch.nan)
+            v = v.masked_fill(~mask[tokens, None], torch.nan)
         target = self._targets[gated]
         start = min(_START, target)
-        self._quantiles[gated].append(v.nanquantile(start + (target - start) * self._progress))
+        quantile = v.nanquantile(start + (target - start) * self._progress)
+        is_known = quantile.isfinite()
+        new = torch.stack((torch.where(is_known, quantile, 0), is_known.to(quantile.dtype)))
+        self._seen[gated] = self._seen[gated] + new if gated in self._seen else new
 
 
-def _means(quantiles: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean of each tensor's finite elements over all processes, and whether there are any."""
-    device = quantiles[0].device
-    finite = [q.isfinite() for q in quantiles]
-    sums = torch.stack([torch.where(f, q, 0).sum().to(device) for q, f in zip(quantiles, finite, strict=True)])
-    counts = torch.stack([f.sum().to(device) for f in finite])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-        torch.distributed.all_reduce(counts)
-    devices = [q.device for q in quantiles]
-    means, is_known = sums / counts.clamp(min=1), counts > 0
-    return [m.to(d) for m, d in zip(means, devices, strict=True)], [
-        k.to(d) for k, d in zip(is_known, devices, strict=True)
-    ]
+def _sample(a: Tensor) -> Tensor | slice:
+    """Which tokens of `a (N, r)` to look at: whole ones, so that every rank has its share, spread over all.
+
+    Every k-th token could be the first of its row each time. Steps of the golden ratio have no period.
+    """
+    n_tokens, wanted = a.shape[0], max(1, _SAMPLE // a.shape[1])
+    if n_tokens <= wanted:
+        return slice(None)
+    step = next(s for s in range(round(n_tokens * (math.sqrt(5) - 1) / 2), n_tokens) if math.gcd(s, n_tokens) == 1)
+    return torch.arange(wanted, device=a.device) * step % n_tokens
+
+
+def _refuse_data_parallel(args: TrainingArguments) -> None:
+    if args.n_gpu > 1:
+        raise SpikeLoraError(
+            f"Sparsity cannot be measured under `torch.nn.DataParallel`, which the trainer uses for {args.n_gpu} GPUs "
+            "in one process: start one process for each, by `torchrun` or `accelerate launch`, or show it one GPU."
+        )

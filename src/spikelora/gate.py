@@ -52,6 +52,9 @@ class SpikeGate(nn.Module):
             raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
         return v_threshold, _AboveOne.apply(tau) if self.learn_tau else tau
 
+    def __getstate__(self):
+        return self.__dict__ | {"observers": ()}  # who watches this gate does not watch its copies
+
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:
             return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)

@@ -55,7 +55,9 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """
     found = gates(model)
     with ExitStack() as stack, token_masks(model) as masks:
-        seen: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = {}
+        layers = {gated.layer for gated in found}
+        # All from the start: a compiler would compile anew as the dict grows.
+        seen: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = dict.fromkeys(layers, (None, None))
 
         def note_mask(layer: nn.Module, args: tuple) -> None:
             seen[layer] = (masks.of(args[0]) if args else None, _adapter_names(layer))
@@ -65,12 +67,12 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
         def show(gated: Gated, a: Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # in a backward
                 return
-            mask, names = seen.get(gated.layer, (None, None))
+            mask, names = seen[gated.layer]
             if mask is not None and names is not None:  # a batch whose rows have adapters of their own
                 mask = mask[[row for row, name in enumerate(names) if name == gated.adapter]]
             observer(gated, a.detach().flatten(0, -2), None if mask is None else mask.flatten())
 
-        for layer in {gated.layer for gated in found}:
+        for layer in layers:
             stack.callback(layer.register_forward_pre_hook(note_mask).remove)
         for gated in found:
             show_gate = partial(show, gated)
@@ -107,7 +109,7 @@ class TokenMasks:
         self._scopes: list[_Scope] = []
 
     def of(self, x: Tensor) -> Tensor | None:
-        """Which tokens of a module's input `x (..., in)` are no padding, boolean `(batch, tokens)`; None if unknown."""
+        """Which tokens of a module's input `x (..., in)` are no padding, as they lie in `x`; None where it is unknown."""
         if not self._scopes:
             return None
         scope = self._scopes[-1]
@@ -118,9 +120,12 @@ class TokenMasks:
             return None
         if scope.is_cached and x.dim() == 3 and x.shape[0] == mask.shape[0]:
             mask = mask[:, -x.shape[1] :]  # behind a cache the newest tokens are computed alone
-        if mask.numel() != x.shape[:-1].numel():
+        is_flat = x.dim() == 2 and x.shape[0] == mask.numel()
+        if x.shape[:-1] == mask.T.shape and not is_flat and x.shape[:-1] != mask.shape:
+            mask = mask.T  # some models have tokens before batch
+        elif x.shape[:-1] != mask.shape and not is_flat:
             return None
-        return mask.to(x.device, torch.bool)
+        return mask.to(x.device) > 0
 
     def enter(self, signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Take the masks that a module is called with; one that is given none is in the scope of those around it."""
@@ -137,7 +142,11 @@ class TokenMasks:
         if "decoder_attention_mask" in signature.parameters:
             # Encoder and decoder in one: it hands the encoder its mask, and what it runs itself are decoder tokens.
             scope, mask = scope._replace(mask=None), given.get("decoder_attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        if "pixel_values" in signature.parameters and "input_ids" not in signature.parameters:
+            scope = scope._replace(mask=None)  # a vision tower, whose patches no text mask is for
+        # A number inside of a mask is one to add to attention scores, as Longformer's layers take it.
+        is_added = isinstance(mask, Tensor) and mask.is_floating_point() and outer.mask is not None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not is_added:
             scope = scope._replace(mask=mask)
         self._scopes.append(scope)
 

@@ -11,7 +11,7 @@ class QuantileSketch:
 
     Numbers wait until there are `_SIZE` of them. Two full levels of equal weight are sorted together, and every second
     number of both goes one level up with twice the weight; which half stays alternates, so that errors of rank cancel.
-    Memory grows with the logarithm of the count, and a rank is off by at most `levels / (2 * _SIZE)` of the count: 0.07
+    Memory grows with the logarithm of the count, and a rank is off by at most `levels / (2 * _SIZE)` of the count: 0.09
     % for a hundred million numbers. Source: Manku, Rajagopalan, Lindsay, "Approximate medians and other quantiles in
     one pass and with limited memory", 1998.
     """

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,7 +10,7 @@ from itertools import cycle
 from typing import Any
 
 from spikelora.report import natural
-from spikelora.sparsity import place
+from spikelora.sparsity import places
 
 # Stands for the colour of the page's text, which matplotlib has no name for.
 _TEXT = "#010203"
@@ -39,15 +39,10 @@ class Grid:
 
 def by_layer(values: Mapping[str, float]) -> Grid:
     """Lay values of modules out by layer and kind; kinds that a layer has twice are told apart by their full name."""
-    places = {}
-    for name in sorted(values, key=natural):
-        layer, kind = place(name)
-        places[name] = layer, name[len(layer) :].lstrip("."), kind
-    counted: dict[tuple[str, str], int] = defaultdict(int)
-    for layer, _, kind in places.values():
-        counted[layer, kind] += 1
+    where = places(sorted(values, key=natural))
+    counted = Counter(where.values())
     twice = {kind for (_, kind), count in counted.items() if count > 1}
-    stacks = {layer.rpartition(".")[0] for layer, _, _ in places.values() if layer}
+    stacks = {layer.rpartition(".")[0] for layer, _ in where.values() if layer}
 
     def row(layer: str) -> str:
         if not layer:
@@ -55,7 +50,8 @@ def by_layer(values: Mapping[str, float]) -> Grid:
         return layer.rpartition(".")[2] if len(stacks) == 1 else layer
 
     cells = {
-        (row(layer), inner if kind in twice else kind): values[name] for name, (layer, inner, kind) in places.items()
+        (row(layer), name[len(layer) :].lstrip(".") if kind in twice else kind): values[name]
+        for name, (layer, kind) in where.items()
     }
     return Grid(list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells)
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spikelora.errors import SpikeLoraError
 from spikelora.observe import Gated, gates, observing
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class ModuleSparsity(Sparsity):
         module: its name in the model that was adapted.
         adapter: name of the adapter.
         layer: the name up to its first number, such as `model.layers.0`; empty where it has none.
-        kind: the last part of the name, such as `q_proj`.
+        kind: the last part of the name, such as `q_proj`, or as many as tell the modules of a layer apart.
         v_threshold: firing threshold when it was reported.
         tau: membrane time constant when it was reported.
         firing_rates: share of the tokens at which each rank spiked, of length r.
@@ -90,7 +92,7 @@ class SparsityMeter:
     It counts tokens that are no padding by the attention masks that the model and its encoder and decoder are called
     with; where there is none, or its shape is not that of a module's tokens, every token counts. What gradient
     checkpointing computes again is counted once, what a module computes twice in a forward twice. The numbers that the
-    model computes stay the same to the bit.
+    model computes stay the same to the bit. Adapters that are added inside the context are not measured.
 
     Args:
         model: a model with spiking adapters.
@@ -106,13 +108,18 @@ class SparsityMeter:
         self._gated = {(gated.module, gated.adapter): gated for gated in gates(model)}
         self._counts: dict[tuple[str, str], Tensor] = {}
         self._context = ExitStack()
+        self._is_open = False
 
     def __enter__(self) -> "SparsityMeter":
+        if self._is_open:
+            raise SpikeLoraError("This meter is measuring already, and would count twice: take another one inside.")
         self._context.enter_context(observing(self._model, self._count))
+        self._is_open = True
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._context.close()
+        self._is_open = False
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -147,7 +154,8 @@ class SparsityMeter:
         # By rank: spikes; then elements silent at 0, silent tokens, tokens. One tensor, nothing waits for the device.
         counts = torch.cat((spikes.sum(0), rectified.sum().view(1), silent.sum().view(1), tokens))
         key = gated.module, gated.adapter
-        self._gated.setdefault(key, gated)
+        if key in self._counts and len(self._counts[key]) != len(counts):
+            del self._counts[key]  # its ranks were pruned: it is another adapter now
         # Added out of place: what is made in inference mode cannot be changed outside of it.
         self._counts[key] = self._counts[key] + counts if key in self._counts else counts
 
@@ -163,9 +171,10 @@ def _of_all_processes(counts: list[Tensor]) -> list[list[int]]:
 
 def _report(counted: list[tuple[Gated, list[int]]], several_adapters: bool) -> SparsityReport:
     modules, kinds, layers = {}, defaultdict(list), defaultdict(list)
+    where = places(gated.module for gated, _ in counted)
     for gated, counts in counted:
         *spikes, _, _, tokens = counts
-        layer, kind = place(gated.module)
+        layer, kind = where[gated.module]
         kinds[kind].append(counts)
         layers[layer].append(counts)
         modules[f"{gated.module}.{gated.adapter}" if several_adapters else gated.module] = ModuleSparsity(
@@ -204,7 +213,27 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def place(module: str) -> tuple[str, str]:
-    """Layer and kind of a module: `model.layers.0.self_attn.q_proj` is a `q_proj` of `model.layers.0`."""
-    numbered = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
-    return numbered[0] if numbered else "", module.rpartition(".")[2]
+def places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Layer and kind of each module: `model.layers.0.self_attn.q_proj` is a `q_proj` of `model.layers.0`.
+
+    The kind is the last part of the name or, where a layer has several of that (BERT's are all `dense`), as many as
+    tell them apart in every layer; those that differ by a number alone, such as experts, are of one kind.
+    """
+    layers, endings = {}, {}
+    whole: dict[str, set[str]] = defaultdict(set)
+    for module in modules:
+        numbered = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
+        layer = numbered[0] if numbered else ""
+        parts = module.split(".")
+        first = max((k for k, part in enumerate(parts[:-1], 1) if part.isdigit()), default=0)
+        layers[module], endings[module] = layer, [".".join(parts[k:]) for k in range(len(parts) - 1, first - 1, -1)]
+        whole[layer].add(endings[module][-1])
+    return {module: (layers[module], _kind(ends, whole.values())) for module, ends in endings.items()}
+
+
+def _kind(endings: list[str], layers: Iterable[set[str]]) -> str:
+    """The shortest of a module's endings that no layer has twice, else the longest."""
+    for ending in endings[:-1]:
+        if all(sum(f".{other}".endswith(f".{ending}") for other in layer) < 2 for layer in layers):
+            return ending
+    return endings[-1]
