@@ -76,8 +76,9 @@ def text(table: pd.DataFrame) -> str:
         missed = max(run.value - run.lowest_module, run.highest_module - run.value) > MODULE_TOLERANCE
         missed = missed or abs(run.sparsity - run.value) > TOLERANCE
         lines.append(
-            f"| {run.value:g}{' (missed)' if missed else ''} "
-            f"| {run.sparsity:.3f} | {run.lowest_module:.3f}, {run.highest_module:.3f} | {run.silent_tokens:.1%} | {run.loss:.3f} | {beside} |"
+            f"| {run.value:g}{' (missed)' if missed else ''} | {run.sparsity:.3f} "
+            f"| {run.lowest_module:.3f}, {run.highest_module:.3f} "
+            f"| {run.silent_tokens:.1%} | {run.loss:.3f} | {beside} |"
         )
     lines += [
         "",

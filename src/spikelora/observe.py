@@ -109,7 +109,7 @@ class TokenMasks:
         self._scopes: list[_Scope] = []
 
     def of(self, x: Tensor) -> Tensor | None:
-        """Which tokens of a module's input `x (..., in)` are no padding, as they lie in `x`; None where it is unknown."""
+        """Which tokens of a module's input `x (..., in)` are no padding, as they lie in `x`; None where unknown."""
         if not self._scopes:
             return None
         scope = self._scopes[-1]
