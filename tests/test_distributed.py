@@ -20,10 +20,13 @@ report = meter.report()
 print(json.dumps([report.tokens, report.sparsity, report.modules["0"].firing_rates]))
 """
 CONTROL = """
-from test_callbacks import ROWS, SparsityControlCallback, gates, make_trainer, spiking
+from test_callbacks import SparsityCallback, SparsityControlCallback, gates, make_trainer, spiking
 model = spiking(target_sparsity=0.9, target_tolerance=0.5)
-make_trainer(folder, model, [SparsityControlCallback()], ddp_backend="gloo", use_cpu=True).train()
-print(json.dumps([gated.gate.v_threshold.item() for gated in gates(model)]))
+trainer = make_trainer(folder, model, [SparsityControlCallback()], ddp_backend="gloo", use_cpu=True)
+trainer.add_callback(SparsityCallback(trainer))
+trainer.train()
+sparsity = [logs["sparsity"] for logs in trainer.state.log_history if "sparsity" in logs]
+print(json.dumps([[gated.gate.v_threshold.item() for gated in gates(model)], sparsity]))
 """
 
 
@@ -62,8 +65,10 @@ def test_the_meter_adds_up_all_processes(tmp_path):
     assert first == second == [4 + 1 + 1, pytest.approx(1 - 5 / 18), [4 / 6, 1 / 6, 0.0]]
 
 
-def test_control_keeps_the_thresholds_alike(tmp_path):
+def test_control_keeps_the_thresholds_alike_and_the_callback_logs_one_sparsity(tmp_path):
     first, second = in_two_processes(CONTROL, tmp_path)
 
     assert first == second
-    assert len(set(first)) == len(first) == 12
+    thresholds, logged = first
+    assert len(set(thresholds)) == len(thresholds) == 12
+    assert len(logged) == 2
