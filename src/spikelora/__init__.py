@@ -4,19 +4,20 @@ Importing the package registers the method with PEFT, so that `get_peft_model`, 
 trainers of transformers and TRL take a `SpikeLoraConfig` like any other configuration.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from spikelora._registration import register
-from spikelora.account import Ledger, operations
-from spikelora.adapt import calibrate_thresholds, prune_ranks
 from spikelora.config import SpikeLoraConfig
-from spikelora.convert import LoraApproximation, from_lora, to_lora
 from spikelora.errors import SpikeLoraError
 from spikelora.sparsity import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 from spikelora.tuner import SpikeLoraModel
 
 if TYPE_CHECKING:
+    from spikelora.account import Ledger, operations
+    from spikelora.adapt import calibrate_thresholds, prune_ranks
     from spikelora.callbacks import SparsityCallback, SparsityControlCallback
+    from spikelora.convert import LoraApproximation, from_lora, to_lora
 
 __all__ = [
     "Ledger",
@@ -41,10 +42,22 @@ __version__ = "0.1.0"
 register()
 
 
-def __getattr__(name: str) -> Any:
-    # When first asked for: they bring transformers' Trainer, which takes longer to import than all the rest.
-    if name in ("SparsityCallback", "SparsityControlCallback"):
-        from spikelora import callbacks
+# Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,
+# which takes longer to import than all the rest.
+_LATER = {
+    "Ledger": "account",
+    "LoraApproximation": "convert",
+    "SparsityCallback": "callbacks",
+    "SparsityControlCallback": "callbacks",
+    "calibrate_thresholds": "adapt",
+    "from_lora": "convert",
+    "operations": "account",
+    "prune_ranks": "adapt",
+    "to_lora": "convert",
+}
 
-        return getattr(callbacks, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
