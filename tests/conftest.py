@@ -4,7 +4,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from spikelora import SpikeLoraConfig
 
 TOKENS = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
 
@@ -33,6 +37,17 @@ def tiny_gpt2() -> GPT2LMHeadModel:
         n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **TOKENS
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def spiking(base: nn.Module, **options) -> PeftModel:
+    """The base with adapters that do something, as PEFT starts with B = 0; by default rank 4 on all linear layers."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, SpikeLoraConfig(**({"r": 4, "target_modules": "all-linear"} | options)))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
+    return model
 
 
 @pytest.fixture

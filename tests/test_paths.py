@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_opt
+from conftest import spiking, tiny_gpt2, tiny_opt
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
@@ -40,17 +40,6 @@ class Sigmoid(nn.Linear):
 
 class MyTensor(torch.Tensor):
     """A subclass of tensors."""
-
-
-def spiking(base, **options):
-    """The base with adapters that do something, half of whose gates are open."""
-    torch.manual_seed(0)
-    model = get_peft_model(base, SpikeLoraConfig(**({"r": 4, "target_modules": "all-linear"} | options)))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
-    return model
 
 
 def one_layer(base=None, **options):

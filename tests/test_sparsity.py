@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from conftest import TOKENS as SHARED
-from conftest import tiny_gpt2, tiny_opt
-from peft import get_peft_model
+from conftest import spiking, tiny_gpt2, tiny_opt
 from torch import nn
 from transformers import (
     BartConfig,
@@ -30,18 +29,6 @@ from spikelora.sparsity import places
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 TOKENS = torch.arange(3, 31).view(2, 14)
-
-
-def spiking(base, **options):
-    """The base with adapters that do something."""
-    torch.manual_seed(0)
-    options = {"r": 4, "target_modules": "all-linear"} | options
-    model = get_peft_model(base, SpikeLoraConfig(**options))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
-    return model
 
 
 def by_hand(**options):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from spikelora.config import check_target
 from spikelora.errors import SpikeLoraError
 from spikelora.neuron import charge
-from spikelora.observe import Gated, Observer, gates, observing
+from spikelora.observe import Gated, Observer, gates, names, observing
 from spikelora.quantiles import QuantileSketch
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
@@ -178,8 +178,7 @@ def warn_of_unreached(model: nn.Module, reached: Iterable[Gated], outcome: str) 
 
 
 def _by_module(values: Mapping[Gated, Any]) -> dict[str, Any]:
-    several = len({gated.adapter for gated in values}) > 1
-    return {f"{g.module}.{g.adapter}" if several else g.module: value for g, value in values.items()}
+    return dict(zip(names(values), values.values(), strict=True))
 
 
 def _parts(gated: Gated, keep: Tensor) -> tuple[nn.Parameter, nn.Parameter]:

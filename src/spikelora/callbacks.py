@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from spikelora.errors import SpikeLoraError
 from spikelora.neuron import charge
-from spikelora.observe import Gated, gates, observing
+from spikelora.observe import Gated, add_up_processes, gates, observing
 from spikelora.sparsity import SparsityMeter, SparsityReport
 
 _COLLAPSE = 0.999  # overall silence that is warned of
@@ -223,8 +223,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         # In the same order in all processes, also for a module that ran in some of them only.
         sums = torch.stack([self._seen.get(g, torch.zeros(2)).to(args.device) for g in self._targets])
         self._seen.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        add_up_processes(sums)
         gain = 1.0 if self._is_new else self.gain
         self._is_new = False
         for gated, (total, count) in zip(self._targets, sums, strict=True):

@@ -1,7 +1,7 @@
 """Looking at the low-rank activations of a model while it runs, each token with its place in the attention mask."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +45,19 @@ def gates(model: nn.Module) -> list[Gated]:
             "`get_peft_model(model, SpikeLoraConfig(...))`, or load one with `PeftModel.from_pretrained`."
         )
     return found
+
+
+def names(gated: Iterable[Gated]) -> list[str]:
+    """What reports call them: by their modules, or `<module>.<adapter>` where they are of several adapters."""
+    gated = list(gated)
+    several = len({g.adapter for g in gated}) > 1
+    return [f"{g.module}.{g.adapter}" if several else g.module for g in gated]
+
+
+def add_up_processes(numbers: Tensor) -> None:
+    """Add up numbers in place over the processes of a distributed run, all of which have to ask."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(numbers)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
-from spikelora.observe import Gated, gates, observing
+from spikelora.observe import Gated, add_up_processes, gates, names, observing
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -135,7 +135,7 @@ class SparsityMeter:
             zip(keys, _of_all_processes([self._counts.get(k, self._no_counts(k)) for k in keys]), strict=True)
         )
         ran = {adapter for (_, adapter), seen in counts.items() if seen[-1]} or {adapter for _, adapter in keys}
-        return _report([(self._gated[key], seen) for key, seen in counts.items() if key[1] in ran], len(ran) > 1)
+        return _report({self._gated[key]: seen for key, seen in counts.items() if key[1] in ran})
 
     def _no_counts(self, key: tuple[str, str]) -> Tensor:
         gated = self._gated[key]
@@ -163,21 +163,20 @@ class SparsityMeter:
 def _of_all_processes(counts: list[Tensor]) -> list[list[int]]:
     """The counts as numbers, added up over the processes of a distributed run; waits for the device once."""
     flat = torch.cat([c.to(counts[0].device) for c in counts])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flat)
+    add_up_processes(flat)
     numbers = iter(flat.tolist())
     return [[next(numbers) for _ in range(len(c))] for c in counts]
 
 
-def _report(counted: list[tuple[Gated, list[int]]], several_adapters: bool) -> SparsityReport:
+def _report(counted: dict[Gated, list[int]]) -> SparsityReport:
     modules, kinds, layers = {}, defaultdict(list), defaultdict(list)
-    where = places(gated.module for gated, _ in counted)
-    for gated, counts in counted:
+    where = places(gated.module for gated in counted)
+    for name, (gated, counts) in zip(names(counted), counted.items(), strict=True):
         *spikes, _, _, tokens = counts
         layer, kind = where[gated.module]
         kinds[kind].append(counts)
         layers[layer].append(counts)
-        modules[f"{gated.module}.{gated.adapter}" if several_adapters else gated.module] = ModuleSparsity(
+        modules[name] = ModuleSparsity(
             **_shares([counts]),
             module=gated.module,
             adapter=gated.adapter,
@@ -189,7 +188,7 @@ def _report(counted: list[tuple[Gated, list[int]]], several_adapters: bool) -> S
             dead_ranks=tuple(rank for rank, n in enumerate(spikes) if tokens and not n),
         )
     return SparsityReport(
-        **_shares([counts for _, counts in counted]),
+        **_shares(list(counted.values())),
         modules=modules,
         kinds={kind: Sparsity(**_shares(counts)) for kind, counts in kinds.items()},
         layers={layer: Sparsity(**_shares(counts)) for layer, counts in layers.items()},
