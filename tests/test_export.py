@@ -8,12 +8,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TOKENS, tiny_opt
-from peft import get_peft_model
+from conftest import TOKENS, spiking, tiny_opt
 from torch.export import Dim
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spikelora import SpikeLoraConfig
 from spikelora.observe import gates, observing
 
 # torch.onnx copies tree specifications with a function that torch itself deprecates.
@@ -39,16 +37,10 @@ def tiny_llama():
     return LlamaForCausalLM(config).eval()
 
 
-def spiking(base, **options):
-    """The base with adapters that do something on all linear layers, and without a cache."""
+def exportable(base, **options):
+    """The base with adapters that do something, and without a cache."""
     base.config.use_cache = False
-    torch.manual_seed(0)
-    model = get_peft_model(base, SpikeLoraConfig(r=4, target_modules="all-linear", **({"v_threshold": 0.02} | options)))
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 4
-    return model.eval()
+    return spiking(base, **({"v_threshold": 0.02} | options)).eval()
 
 
 def batch(padding=None, shape=None):
@@ -108,7 +100,7 @@ def flips(model, charges, spikes, tokens):
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_the_exported_program_gives_the_same_logits(make):
-    model, inputs = spiking(make(), learn_threshold=True, learn_tau=True), batch("left")
+    model, inputs = exportable(make(), learn_threshold=True, learn_tau=True), batch("left")
     program = torch.export.export(model.get_base_model(), (), inputs)
 
     torch.testing.assert_close(program.module()(**inputs).logits, run(model, inputs)[0], rtol=0, atol=TOLERANCE)
@@ -116,7 +108,7 @@ def test_the_exported_program_gives_the_same_logits(make):
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_the_exported_program_takes_other_shapes_and_outlives_a_file(make):
-    model, sizes = spiking(make()), {0: Dim("batch", max=8), 1: Dim("tokens", min=2, max=64)}
+    model, sizes = exportable(make()), {0: Dim("batch", max=8), 1: Dim("tokens", min=2, max=64)}
     program = torch.export.export(
         model.get_base_model(), (), batch(), dynamic_shapes={"input_ids": sizes, "attention_mask": sizes}
     )
@@ -132,7 +124,7 @@ def test_the_exported_program_takes_other_shapes_and_outlives_a_file(make):
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_onnxruntime_gives_the_same_spikes_and_logits(make, padding):
-    model, inputs = spiking(make(), learn_threshold=True, learn_tau=True), batch(padding)
+    model, inputs = exportable(make(), learn_threshold=True, learn_tau=True), batch(padding)
     # A row of attention that sees nothing, as that of a padded token on the left, torch and ONNX fill differently, in
     # the base model alike: nobody reads it.
     tokens = inputs["attention_mask"].flatten().bool()
@@ -146,7 +138,7 @@ def test_onnxruntime_gives_the_same_spikes_and_logits(make, padding):
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_a_spike_on_the_threshold_may_flip_and_shows_at_its_token_alone(make):
-    model, inputs = spiking(make()), batch()
+    model, inputs = exportable(make()), batch()
     _, charges = run(model, inputs)
     _, onnx_charges, _ = run_onnx(to_onnx(model, inputs), inputs)
     last, v = list(charges.items())[-1]  # what it gates reaches no other gate
@@ -167,11 +159,11 @@ def test_a_spike_on_the_threshold_may_flip_and_shows_at_its_token_alone(make):
 
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_what_is_exported_has_the_gate(make):
-    model, inputs = spiking(make()), batch()
+    model, inputs = exportable(make()), batch()
     program = torch.export.export(model.get_base_model(), (), inputs)
     proto = to_onnx(model, inputs)
     n_gates = len(gates(model))
-    ungated = spiking(make(), v_threshold=-1e9)
+    ungated = exportable(make(), v_threshold=-1e9)
     expected = run(ungated, inputs)[0]
 
     assert sum(node.target is torch.ops.aten.ge.Tensor for node in program.graph.nodes) >= n_gates
@@ -183,7 +175,7 @@ def test_what_is_exported_has_the_gate(make):
 @pytest.mark.parametrize("make", [tiny_opt, tiny_llama])
 def test_the_guide_s_code_runs(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, inputs = spiking(make()), batch(shape=(2, 14))
+    model, inputs = exportable(make()), batch(shape=(2, 14))
     names = {"model": model}
     for code in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL):
         exec(code, names)
