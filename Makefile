@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench wheel clean
+.PHONY: finetune test quality format bench compatibility wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -22,6 +22,9 @@ format: $(READY)
 
 bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
+
+compatibility: $(READY)  ## what works and what is refused; writes docs/compatibility.md from the tests' outcomes
+	$(BIN)/python -m pytest -p tests.compatibility -m compatibility
 
 wheel: $(READY)
 	$(BIN)/python -m build
