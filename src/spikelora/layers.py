@@ -6,7 +6,7 @@ variant is the gated one. Each of them is listed in `_SPIKING`: another could ru
 
 import math
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
@@ -90,6 +90,10 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_gate")
     target_name: str  # the layer's name in its model
     variant: type[SpikeVariant]
+
+    if TYPE_CHECKING:  # PEFT's layers have no types, and torch's modules give every attribute the wrong one
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
         if not isinstance(config, SpikeLoraConfig):
