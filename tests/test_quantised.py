@@ -175,7 +175,9 @@ def test_gptq(monkeypatch):
             return x @ self.qweight.T.to(x.dtype) / 9
 
     monkeypatch.setattr(gptq, "is_gptqmodel_available", lambda: True)
-    monkeypatch.setattr(peft_lora, "dispatch_awq", lambda *args, **kwargs: None)  # it would ask for a version
+    # Others would ask for the version of the library.
+    monkeypatch.setattr(peft_lora, "dispatch_awq", lambda *args, **kwargs: None)
+    monkeypatch.setattr("peft.utils.other.is_gptqmodel_available", lambda: False)
     stand_in(monkeypatch, "gptqmodel.nn_modules.qlinear", BaseQuantLinear)
     check_layer(BaseQuantLinear, "GPTQLoraLinear")
 
