@@ -162,6 +162,7 @@ def test_hqq():
 
 
 @pytest.mark.compatibility("Layers", "GPTQ", note="on a stand-in for the base layer, as GPTQModel was not installed")
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 def test_gptq(monkeypatch):
     class BaseQuantLinear(nn.Module):
         in_features, out_features = 16, 8
