@@ -288,3 +288,19 @@ class TestMixtureOfExperts:
 def test_what_the_kernels_of_mamba_read_is_refused_as_it_is_for_lora(config, targets):
     with pytest.raises(ValueError, match=r"is incompatible with Mamba|is read by its model, not called"):
         get_peft_model(FAMILIES["Mamba"].base(), config(target_modules=targets))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [LoraConfig, SpikeLoraConfig])
+def test_rwkv_evaluates_as_it_trains_only_where_it_rescales_nothing(config):
+    """In evaluation it halves the base's weights every `rescale_every` layers, and not what adapters add to them."""
+    family = FAMILIES["RWKV"]
+    for rescale_every in (0, 1):
+        base = family._replace(config=family.config | {"rescale_every": rescale_every}).base()
+        torch.manual_seed(0)
+        model = get_peft_model(base, config(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                nn.init.normal_(parameter, std=0.25)
+        gap = (logits(model.train(), family) - logits(model.eval(), family)).abs().max()
+        assert gap > 0.05 if rescale_every else gap == 0
