@@ -50,6 +50,13 @@ def spiking(base: nn.Module, **options) -> PeftModel:
     return model
 
 
+def enable_checkpointing(model: nn.Module, use_reentrant: bool) -> None:
+    """By its name in transformers 5.23, or by that in 5.17."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @pytest.fixture
 def opt() -> OPTForCausalLM:
     return tiny_opt()

@@ -8,6 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "spikelora"
 FLOORS = {
+    "_versions": 0,
     "errors": 0,
     "quantiles": 0,
     "neuron": 0,

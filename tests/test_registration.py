@@ -1,6 +1,7 @@
 import copy
 import importlib.metadata
 import pickle
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import hotswap
 
 import spikelora
-from spikelora import SpikeLoraConfig, SpikeLoraModel
+from spikelora import SpikeLoraConfig, SpikeLoraModel, _versions
 from spikelora._registration import register
 
 
@@ -208,3 +209,28 @@ def test_mixed_models_refuse_the_config(opt):
     with pytest.raises(ValueError, match="'SPIKELORA' is not compatible with"):
         mixed.add_adapter("spiking", config)
     assert not any("spiking" in name for name, _ in opt.named_parameters())
+
+
+@pytest.mark.parametrize("requirement", ["peft<0.21,>=0.20", "transformers>=99", "torch<2.9"])
+def test_an_unsupported_version_is_an_error_that_says_which_to_install(requirement, monkeypatch):
+    supported = ["peft<0.22,>=0.21", "transformers<6,>=5.17", "torch>=2.9", "pandas>=99; extra == 'dev'"]
+    monkeypatch.setattr(_versions, "requires", lambda name: supported)
+    _versions.check()
+    monkeypatch.setattr(_versions, "requires", lambda name: [*supported, requirement])
+    with pytest.raises(ImportError, match=re.escape(f"spikelora needs another one: pip install '{requirement}'")):
+        _versions.check()
+
+
+def test_the_versions_are_looked_at_before_peft_is_imported():
+    code = """
+import importlib.metadata, sys
+importlib.metadata.requires = lambda name: ["peft<0.1"]
+try:
+    import spikelora
+except ImportError as error:
+    print(error)
+print("peft" in sys.modules)
+"""
+    message, _, imported = run(code).splitlines()
+    assert message.startswith("peft<0.1 is required")
+    assert imported == "False"

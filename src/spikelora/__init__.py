@@ -7,6 +7,7 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spikelora import _versions as _versions  # the first, as it looks at the versions of what the others import
 from spikelora._registration import register
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError

@@ -239,7 +239,7 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
             check_supported(layer, name, layer.get_base_layer())
-            check_called(base, base.get_submodule(name.rpartition(".")[0]), name)
+            check_called(base.get_submodule(name.rpartition(".")[0]), name)
             _refuse_groups(name, layer)
             if layer.merged:
                 raise SpikeLoraError(f"The adapter is merged into `{name}`: call `unmerge_adapter` before.")
