@@ -68,6 +68,7 @@ class SpikeLoraModel(LoraModel):
     def _create_new_module(
         lora_config: SpikeLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
+        _check_whole(kwargs["target_name"], target)
         plain_config = lora_config.without_neuron()
         try:
             layer = LoraModel._create_new_module(plain_config, adapter_name, target, **kwargs)
@@ -166,6 +167,16 @@ def check_called(parent: nn.Module, name: str) -> None:
         raise SpikeLoraError(
             f"Target module `{name}` is read by its model, not called: the gate would never run. Leave it out through "
             "`target_modules` or `exclude_modules`."
+        )
+
+
+def _check_whole(name: str, target: nn.Module) -> None:
+    plan = getattr(target, "_hf_tp_plan", None)  # PEFT puts it there
+    if plan is not None:
+        raise SpikeLoraError(
+            f"Target module `{name}` is split over processes by tensor parallelism ({plan}): a gate needs the whole of "
+            "`a`, and a part of the layer gives a part of it. Load the model without `tp_plan`, and share it out by "
+            "FSDP2."
         )
 
 
