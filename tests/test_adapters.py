@@ -1,18 +1,13 @@
 """Many adapters on one model: PEFT's ways to add, switch, mix, swap and delete them, and those of transformers."""
 
-import copy
-
 import pytest
 import torch
 from conftest import spiking, tiny_gpt2, tiny_opt
 from peft import (
-    AutoPeftModel,
     AutoPeftModelForCausalLM,
+    LoHaConfig,
     LoraConfig,
     PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -22,12 +17,11 @@ from peft import (
 )
 from peft.utils.hotswap import (
     hotswap_adapter,
-    hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
 from transformers import AutoModelForCausalLM
 
-from spikelora import SpikeLoraConfig
+from spikelora import SpikeLoraConfig, SpikeLoraError
 from spikelora.gate import SpikeGate
 
 TOKENS = torch.arange(3, 45).view(3, 14)
@@ -282,14 +276,32 @@ class TestHotswap:
         hotswap_adapter(model, second, "default", torch_device="cpu")
         torch.testing.assert_close(logits(model), expected)
 
-    def test_in_transformers(self, tmp_path):
+    @works(
+        "Many adapters",
+        "transformers: `load_adapter(hotswap=True)`",
+        refused="transformers swaps LORA only; delete and load, or swap in a `PeftModel`",
+    )
+    @pytest.mark.parametrize("enabled", [False, True])
+    def test_in_transformers_names_the_ways(self, enabled, tmp_path):
         first, before = save(tmp_path / "first", 1)
         second, expected = save(tmp_path / "second", 2)
         model = tiny_opt()
-        model.load_adapter(str(first))
-        with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
-            model.load_adapter(str(second), "default", hotswap=True)
+        if enabled:
+            model.enable_peft_hotswap()
+        model.load_adapter(str(first), "default")
+        with pytest.raises(SpikeLoraError, match="call `delete_adapter` and then `load_adapter`"):
+            model.load_adapter(str(second), "default", hotswap="auto" if enabled else True)
         assert torch.equal(logits(model), before)
+        model.delete_adapter("default")
+        model.load_adapter(str(second), "default")
+        assert torch.equal(logits(model), expected)
+
+    def test_in_transformers_of_another_method_says_what_it_said(self):
+        model = tiny_opt()
+        model.add_adapter(LoHaConfig(target_modules=["fc1"]), "default")
+        with pytest.raises(ValueError, match="only supported for LoRA") as raised:
+            model.load_adapter("somewhere", "default", hotswap=True)
+        assert not isinstance(raised.value, SpikeLoraError)
 
 
 class TestOptions:
