@@ -269,12 +269,20 @@ class TestHotswap:
         torch.testing.assert_close(logits(model), expected)
 
     @works("Many adapters", "`hotswap_adapter`")
-    def test_of_fewer_targets(self, tmp_path):
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_of_fewer_targets(self, compiled, tmp_path):
         first, _ = save(tmp_path / "first", 1)
-        second, expected = save(tmp_path / "second", 2, target_modules=["q_proj", "fc1"])
-        model = PeftModel.from_pretrained(tiny_opt(), first)
-        hotswap_adapter(model, second, "default", torch_device="cpu")
+        second, expected = save(tmp_path / "second", 2, target_modules=["q_proj", "fc1"], v_threshold=-0.03)
+        model = PeftModel.from_pretrained(tiny_opt(), first, is_trainable=True)
+        swapped = torch.compile(model, backend="eager") if compiled else model
+        hotswap_adapter(swapped, second, "default", torch_device="cpu")
         torch.testing.assert_close(logits(model), expected)
+        # Modules that the new adapter leaves alone keep a neuron that can be trained and saved.
+        model(TOKENS, labels=TOKENS).loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert thresholds(model) == [torch.tensor(value).item() for value in (-0.03, 0.07)]
+        model.save_pretrained(tmp_path / "third")
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_opt(), tmp_path / "third")), expected)
 
     @works(
         "Many adapters",

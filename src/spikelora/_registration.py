@@ -3,6 +3,7 @@
 import functools
 import os
 from collections import defaultdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import peft
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
+from torch import Tensor, nn
 
 from spikelora.adapter_files import say_how_to_load
 from spikelora.config import SpikeLoraConfig
@@ -34,6 +36,8 @@ def register() -> None:
         name=_NAME.lower(), config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix=SpikeLoraModel.prefix
     )
     hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    current = hotswap.hotswap_adapter_from_state_dict
+    hotswap.hotswap_adapter_from_state_dict = _keeping_neurons(getattr(current, "__wrapped__", current))
     peft.SpikeLoraConfig = SpikeLoraConfig
     peft.SpikeLoraModel = SpikeLoraModel
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
@@ -62,6 +66,22 @@ def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
         config.check_folder(pretrained_model_name_or_path, subfolder)
     return config
+
+
+def _keeping_neurons(hotswap_adapter_from_state_dict):
+    """PEFT's own, which sets to 0 what the new adapter has not: right for A and B, but a `tau` of 0 divides by 0."""
+
+    @functools.wraps(hotswap_adapter_from_state_dict)
+    def keeping_neurons(
+        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        names = (
+            name.removeprefix("_orig_mod.") for name in model.state_dict() if f".lora_gate.{adapter_name}." in name
+        )
+        neurons = {name: attrgetter(name)(model) for name in names if name not in state_dict}
+        hotswap_adapter_from_state_dict(model, state_dict | neurons, adapter_name, *args, **kwargs)
+
+    return keeping_neurons
 
 
 def _with_neurons(print_trainable_parameters):
