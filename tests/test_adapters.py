@@ -1,13 +1,19 @@
 """Many adapters on one model: PEFT's ways to add, switch, mix, swap and delete them, and those of transformers."""
 
+import copy
+
 import pytest
 import torch
+from conftest import TOKENS as TOKEN_IDS
 from conftest import spiking, tiny_gpt2, tiny_opt
 from peft import (
     AutoPeftModelForCausalLM,
     LoHaConfig,
     LoraConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -19,7 +25,7 @@ from peft.utils.hotswap import (
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
 from spikelora.gate import SpikeGate
@@ -344,3 +350,137 @@ class TestOptions:
         expected = spiking(tiny_opt())
         model.load_state_dict({k.removeprefix("base_model.model."): v for k, v in expected.state_dict().items()})
         assert torch.equal(logits(model), logits(expected))
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **options, **TOKEN_IDS)).eval()
+
+
+class TestWhatElseIsTrained:
+    """What a configuration trains beside A and B is trained, saved and loaded with the adapter; neurons are not."""
+
+    def check(self, tmp_path, make_base, trained, **options):
+        """Train a step, compare with what is saved; return names of what was trained beside A and B."""
+        model = spiking(make_base(), task_type="CAUSAL_LM", v_threshold=0.05, **options)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model(TOKENS, labels=TOKENS).loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5).step()
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert not any("lora_gate" in name for name in moved)
+        beside = {name.removeprefix("base_model.model.") for name in moved if "lora_" not in name}
+        assert any("lora_A" in name for name in moved)
+        assert trained(beside), beside
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(make_base(), tmp_path)
+        assert torch.equal(logits(loaded), logits(model))
+        assert not torch.equal(logits(loaded), logits(spiking(make_base(), v_threshold=0.05, **options)))
+        return model
+
+    @works("Many adapters", '`bias="all"`, `bias="lora_only"`')
+    @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias:UserWarning")
+    @pytest.mark.parametrize(("bias", "extent"), [("all", 8), ("lora_only", 1)])
+    def test_biases(self, bias, extent, tmp_path):
+        model = self.check(
+            tmp_path, tiny_opt, lambda names: all(n.endswith("bias") for n in names), bias=bias, target_modules=["fc1"]
+        )
+        n_layers = 2
+        trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
+        assert len(trained) == n_layers * extent + (bias == "all")  # and the last layer norm's
+
+    @works("Many adapters", "`modules_to_save`")
+    def test_whole_modules(self, tmp_path):
+        model = self.check(
+            tmp_path,
+            tiny_opt,
+            lambda names: {name.partition(".modules_to_save")[0].rpartition(".")[2] for name in names} == {"fc1"},
+            target_modules=["q_proj"],
+            modules_to_save=["fc1"],
+        )
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(tiny_opt()))
+
+    @works("Many adapters", "`trainable_token_indices`")
+    @pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
+    def test_single_tokens(self, make_base, tmp_path):
+        self.check(
+            tmp_path,
+            make_base,
+            lambda names: names and all("trainable_tokens_delta" in name for name in names),
+            trainable_token_indices=[5, 7],
+        )
+
+    @works("Many adapters", "tied weights")
+    def test_tied_embeddings_trained_as_a_whole(self, tmp_path):
+        model = self.check(
+            tmp_path,
+            tiny_opt,
+            lambda names: any("embed_tokens.modules_to_save" in name for name in names),
+            modules_to_save=["embed_tokens"],
+            ensure_weight_tying=True,
+        )
+        base = model.base_model.model
+        tied = base.model.decoder.embed_tokens.modules_to_save["default"].weight
+        assert base.lm_head.modules_to_save["default"].weight is tied
+
+    @works("Many adapters", "tied weights")
+    @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+    def test_a_tied_head_as_a_target(self, tmp_path):
+        model = self.check(tmp_path, tiny_opt, lambda names: not names, target_modules=["q_proj", "lm_head"])
+        silent = spiking(tiny_opt(), v_threshold=NEVER, target_modules=["q_proj", "lm_head"])
+        assert torch.equal(logits(silent), logits(tiny_opt()))
+        assert model.base_model.model.lm_head.base_layer.weight is model.get_input_embeddings().weight
+
+    @works("Many adapters", "`layer_replication`")
+    def test_replicated_layers_have_neurons_of_their_own(self, tmp_path):
+        model = self.check(tmp_path, tiny_llama, lambda names: not names, layer_replication=[[0, 2], [1, 2]])
+        layers = model.base_model.model.model.layers
+        assert len(layers) == 3
+        first, copied = (layer.mlp.up_proj for layer in layers[1:])
+        assert first.base_layer.weight.data_ptr() == copied.base_layer.weight.data_ptr()
+        assert first.lora_gate["default"].v_threshold is not copied.lora_gate["default"].v_threshold
+
+
+class TestOtherMethods:
+    PROMPTS = (
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    )
+
+    @works("Many adapters", "prompt learning in the same `PeftModel`", refused="PEFT takes one method per model")
+    @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda config: config.peft_type.value)
+    def test_prompts_in_the_same_model(self, prompts):
+        model = spiking(tiny_opt())
+        expected = logits(model)
+        with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+            model.add_adapter("prompts", prompts)
+        assert torch.equal(logits(model), expected)
+        with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+            get_peft_model(tiny_opt(), copy.deepcopy(prompts)).add_adapter("spiking", config())
+
+    @works("Many adapters", "prompt learning around a model with an adapter put on by `add_adapter`")
+    @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+    @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda config: config.peft_type.value)
+    def test_prompts_around_a_spiking_model(self, prompts):
+        def around(base, v_threshold=None):
+            if v_threshold is not None:
+                base.add_adapter(config())
+                fill(base, "default", 1, v_threshold)
+            torch.manual_seed(0)
+            return get_peft_model(base, copy.deepcopy(prompts)).eval()
+
+        alone, silent, fires = around(tiny_opt()), around(tiny_opt(), NEVER), around(tiny_opt(), 0.05)
+        for model in (silent, fires):
+            model.prompt_encoder.load_state_dict(alone.prompt_encoder.state_dict())
+        assert torch.equal(logits(silent), logits(alone))
+        assert not torch.equal(logits(fires), logits(alone))
+        trained = {name for name, p in fires.named_parameters() if p.requires_grad}
+        assert all(name.startswith("prompt_encoder") for name in trained)
+
+    @works("Many adapters", "`PeftMixedModel`", refused="its layers would not gate; one method per model")
+    def test_a_mixed_model(self):
+        with pytest.raises(ValueError, match="SPIKELORA"):
+            get_peft_model(tiny_opt(), config(), mixed=True)
