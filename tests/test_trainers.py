@@ -479,7 +479,7 @@ class TestVLLM:
 
     @pytest.mark.filterwarnings("ignore::trl.import_utils.TRLExperimentalWarning")
     def test_is_refused_to_trainers_that_know_nothing_else(self, tmp_path):
-        """TRL's asynchronous trainers have no `use_vllm`. They may serve the adapter itself, which vLLM would not gate."""
+        """Asynchronous trainers have no `use_vllm`; they may serve the adapter itself, which vLLM would not gate."""
         from trl.experimental.async_grpo import AsyncGRPOConfig
 
         options = {name: value for name, value in ARGUMENTS.items() if name != "per_device_train_batch_size"}
