@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TOKENS as TOKEN_IDS
-from conftest import spiking, tiny_gpt2, tiny_opt
+from conftest import spiking, tiny_gpt2, tiny_llama, tiny_opt
 from peft import (
     AutoPeftModelForCausalLM,
     LoHaConfig,
@@ -25,7 +24,7 @@ from peft.utils.hotswap import (
     hotswap_adapter,
     prepare_model_for_compiled_hotswap,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
 from spikelora.gate import SpikeGate
@@ -350,12 +349,6 @@ class TestOptions:
         expected = spiking(tiny_opt())
         model.load_state_dict({k.removeprefix("base_model.model."): v for k, v in expected.state_dict().items()})
         assert torch.equal(logits(model), logits(expected))
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **options, **TOKEN_IDS)).eval()
 
 
 class TestWhatElseIsTrained:

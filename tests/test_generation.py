@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import spiking, tiny_gpt2, tiny_opt
+from conftest import spiking, tiny_gpt2, tiny_llama, tiny_opt
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
     OPTForSequenceClassification,
     pipeline,
 )
@@ -39,7 +41,7 @@ def greedy(model, tokens=PROMPTS):
     return tokens
 
 
-@pytest.fixture(params=[tiny_opt, tiny_gpt2], ids=["opt", "gpt2"])
+@pytest.fixture(params=[tiny_opt, tiny_gpt2, tiny_llama], ids=["opt", "gpt2", "llama"])
 def make_base(request):
     return request.param
 
@@ -125,6 +127,18 @@ class TestGenerate:
     def test_disabled(self, model, make_base):
         with model.disable_adapter():
             assert torch.equal(generate(model), generate(make_base()))
+
+
+@works("Generation", "continuous batching")
+def test_continuous_batching():
+    options = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=1, eos_token_id=-1)
+    model = spiking(tiny_llama(), task_type="CAUSAL_LM", v_threshold=0.02)
+    rows = [PROMPTS[0].tolist(), PROMPTS[1, :4].tolist()]
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)  # by default it takes most of the memory
+    batch = model.generate_batch(inputs=rows, generation_config=options, continuous_batching_config=small)
+    for row, output in zip(rows, batch.values(), strict=True):
+        assert output.generated_tokens == greedy(model, torch.tensor([row]))[0, len(row) :].tolist()
+        assert output.generated_tokens != greedy(tiny_llama(), torch.tensor([row]))[0, len(row) :].tolist()
 
 
 class TestPipelines:
