@@ -318,7 +318,7 @@ class TestHotswap:
 
 
 class TestOptions:
-    @works("Many adapters", "`AutoPeftModel`, `AutoPeftModelForCausalLM`")
+    @works("Many adapters", "`AutoPeftModelForCausalLM`")
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_auto_models(self, low_cpu_mem_usage, tmp_path):
         tiny_opt().save_pretrained(tmp_path / "base")

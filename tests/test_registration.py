@@ -15,10 +15,13 @@ from peft.mapping import (
 )
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import hotswap
+from transformers.integrations.peft import PeftAdapterMixin
+from transformers.trainer_callback import CallbackHandler
 
 import spikelora
 from spikelora import SpikeLoraConfig, SpikeLoraModel
 from spikelora._registration import register
+from spikelora.integrations import refuse_early
 
 
 def run(code):
@@ -210,3 +213,19 @@ def test_mixed_models_refuse_the_config(opt):
     with pytest.raises(ValueError, match="'SPIKELORA' is not compatible with"):
         mixed.add_adapter("spiking", config)
     assert not any("spiking" in name for name, _ in opt.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (CallbackHandler, "on_init_end"),
+        (PeftAdapterMixin, "load_adapter"),
+        (peft.utils.hotswap, "hotswap_adapter_from_state_dict"),
+        (peft.PeftModel, "create_or_update_model_card"),
+        (peft.PeftModel, "_upload_modified_files"),
+    ],
+)
+def test_what_is_wrapped_is_wrapped_once(owner, name):
+    register()
+    refuse_early()
+    assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__")
