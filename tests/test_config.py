@@ -16,6 +16,7 @@ from peft.tuners.lora import (
 from safetensors.torch import save_file
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.adapter_files import say_how_to_load
 
 NOT_FINITE = [math.nan, math.inf, -math.inf, 1e300, True, "0.1", None]
 NEURON = {
@@ -173,20 +174,6 @@ def test_load_from_a_subfolder(tmp_path):
     assert SpikeLoraConfig.from_pretrained(str(tmp_path), subfolder="inner").v_threshold == 0.7
 
 
-def test_model_card_says_how_to_load_once(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("---\nlibrary_name: peft\ntags:\n- mine\n---\n\n# My adapter\n")
-
-    SpikeLoraConfig().save_pretrained(tmp_path)
-    once = card.read_text()
-    SpikeLoraConfig().save_pretrained(tmp_path)
-
-    assert "# My adapter" in once
-    assert "\nimport spikelora" in once
-    assert "tags:\n- lora\n- mine\n- spikelora\n" in once
-    assert card.read_text() == once
-
-
 def test_load_an_adapter_of_another_method(tmp_path):
     LoraConfig().save_pretrained(tmp_path)
 
@@ -321,5 +308,5 @@ def test_load_beside_weights_that_cannot_be_read(tmp_path, name):
 
 def test_model_card_without_tags(tmp_path):
     (tmp_path / "README.md").write_text("# My adapter\n")
-    SpikeLoraConfig().save_pretrained(tmp_path)
+    say_how_to_load(tmp_path)
     assert "tags:\n- lora\n- spikelora\n" in (tmp_path / "README.md").read_text()

@@ -29,6 +29,7 @@ FLOORS = {
     "adapt": 4,
     "callbacks": 4,
     "convert": 4,
+    "integrations": 4,
     "cli": 5,
     "calibration_text": 5,
     "report": 5,

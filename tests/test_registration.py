@@ -16,10 +16,13 @@ from peft.mapping import (
 )
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import hotswap
+from transformers.integrations.peft import PeftAdapterMixin
+from transformers.trainer_callback import CallbackHandler
 
 import spikelora
 from spikelora import SpikeLoraConfig, SpikeLoraModel, _versions
 from spikelora._registration import register
+from spikelora.integrations import refuse_early
 
 
 def run(code):
@@ -38,7 +41,9 @@ print(*{name for name in set(sys.modules) - before if not name.startswith("spike
 print("spikelora.ops.triton_backend" in sys.modules)
 """
     brought, kernels = run(code).splitlines()
-    assert set(brought.split()) <= {"peft.utils.hotswap"}
+    # The callbacks' base classes and what they import; transformers' Trainer, which is heavy, is not among them.
+    of_transformers = {"debug_utils", "trainer_callback", "trainer_pt_utils", "trainer_utils", "training_args"}
+    assert set(brought.split()) <= {"peft.utils.hotswap", *(f"transformers.{name}" for name in of_transformers)}
     assert kernels == "False"
 
 
@@ -234,3 +239,19 @@ print("peft" in sys.modules)
     message, _, imported = run(code).splitlines()
     assert message.startswith("peft<0.1 is required")
     assert imported == "False"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (CallbackHandler, "on_init_end"),
+        (PeftAdapterMixin, "load_adapter"),
+        (peft.utils.hotswap, "hotswap_adapter_from_state_dict"),
+        (peft.PeftModel, "create_or_update_model_card"),
+        (peft.PeftModel, "_upload_modified_files"),
+    ],
+)
+def test_what_is_wrapped_is_wrapped_once(owner, name):
+    register()
+    refuse_early()
+    assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__")

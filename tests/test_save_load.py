@@ -147,6 +147,30 @@ def test_the_card_says_what_to_install_and_import(saved):
     assert (saved[0] / "README.md").read_text().split() == card.split()
 
 
+def test_a_card_that_was_there_is_kept(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlibrary_name: peft\n---\n\n# My adapter\n")
+    trained(tiny_opt()).save_pretrained(tmp_path)
+    once = card.read_text()
+    trained(tiny_opt()).save_pretrained(tmp_path)
+
+    assert "# My adapter" in once
+    assert "\nimport spikelora" in once
+    assert "- lora\n- spikelora\n" in once
+    assert card.read_text().split() == once.split()
+
+
+def test_the_card_of_an_adapter_by_another_name(opt, tmp_path):
+    model = get_peft_model(opt, SpikeLoraConfig(target_modules=["fc1"]), "mine")
+    model.save_pretrained(tmp_path)
+    assert "import spikelora" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_a_lora_stays_as_it_is(opt, tmp_path):
+    get_peft_model(opt, LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path)
+    assert "spikelora" not in (tmp_path / "README.md").read_text()
+
+
 def test_without_the_import_loading_ends_in_the_documented_error(saved, base_folder):
     code = (
         "import sys; from peft import PeftModel; from transformers import OPTForCausalLM\n"

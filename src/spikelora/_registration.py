@@ -1,13 +1,19 @@
 """Makes SpikeLoRA a method of PEFT: the only place that touches PEFT's enum, mappings and namespace."""
 
 import functools
+import os
 from collections import defaultdict
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import peft
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
+from torch import Tensor, nn
 
+from spikelora.adapter_files import say_how_to_load
 from spikelora.config import SpikeLoraConfig
 from spikelora.layers import SpikingLayer
 from spikelora.tuner import SpikeLoraModel
@@ -31,11 +37,14 @@ def register() -> None:
         name=_NAME.lower(), config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix=SpikeLoraModel.prefix
     )
     hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    current = hotswap.hotswap_adapter_from_state_dict
+    hotswap.hotswap_adapter_from_state_dict = _keeping_neurons(getattr(current, "__wrapped__", current))
     peft.SpikeLoraConfig = SpikeLoraConfig
     peft.SpikeLoraModel = SpikeLoraModel
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
-    current = PeftModel.print_trainable_parameters
-    PeftModel.print_trainable_parameters = _with_neurons(getattr(current, "__wrapped__", current))
+    for name, wrap in _WRAPPED.items():
+        current = getattr(PeftModel, name)
+        setattr(PeftModel, name, wrap(getattr(current, "__wrapped__", current)))
 
 
 def _add_member() -> None:
@@ -60,6 +69,22 @@ def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     return config
 
 
+def _keeping_neurons(hotswap_adapter_from_state_dict):
+    """PEFT's own, which sets to 0 what the new adapter has not: right for A and B, but a `tau` of 0 divides by 0."""
+
+    @functools.wraps(hotswap_adapter_from_state_dict)
+    def keeping_neurons(
+        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        names = (
+            name.removeprefix("_orig_mod.") for name in model.state_dict() if f".lora_gate.{adapter_name}." in name
+        )
+        neurons = {name: attrgetter(name)(model) for name in names if name not in state_dict}
+        hotswap_adapter_from_state_dict(model, state_dict | neurons, adapter_name, *args, **kwargs)
+
+    return keeping_neurons
+
+
 def _with_neurons(print_trainable_parameters):
     """PEFT's line and, for each spiking adapter, one with the ranks, thresholds and time constants of its modules."""
 
@@ -80,3 +105,37 @@ def _with_neurons(print_trainable_parameters):
             print(f"spiking adapter {name!r} on {len(symbols['r']):,d} modules || {' || '.join(spans)}")
 
     return with_neurons
+
+
+def _with_instructions(create_or_update_model_card):
+    """PEFT's card and, for a spiking adapter, what to install and import before it is loaded."""
+
+    @functools.wraps(create_or_update_model_card)
+    def with_instructions(self: PeftModel, output_dir: str | os.PathLike) -> None:
+        create_or_update_model_card(self, output_dir)
+        _say_how_to_load(self, output_dir)
+
+    return with_instructions
+
+
+def _with_instructed_card(upload_modified_files):
+    """The upload of `push_to_hub`, which has written a card of its own over the one of PEFT."""
+
+    @functools.wraps(upload_modified_files)
+    def with_instructed_card(self: PeftModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        _say_how_to_load(self, working_dir)
+        return upload_modified_files(self, working_dir, *args, **kwargs)
+
+    return with_instructed_card
+
+
+def _say_how_to_load(model: PeftModel, folder: str | os.PathLike) -> None:
+    if any(isinstance(config, SpikeLoraConfig) for config in model.peft_config.values()):
+        say_how_to_load(Path(folder))
+
+
+_WRAPPED = {
+    "print_trainable_parameters": _with_neurons,
+    "create_or_update_model_card": _with_instructions,
+    "_upload_modified_files": _with_instructed_card,
+}

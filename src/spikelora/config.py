@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME
 
-from spikelora.adapter_files import check_weights, say_how_to_load
+from spikelora.adapter_files import check_weights
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
@@ -151,11 +151,6 @@ class SpikeLoraConfig(LoraConfig):
         config.__dict__.update({k: v for k, v in vars(self).items() if k not in SpikeLoraConfig.__annotations__})
         config.peft_type = PeftType.LORA
         return config
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save the configuration as PEFT does and, where it lies beside an adapter, say in its card how to load it."""
-        super().save_pretrained(save_directory, **kwargs)
-        say_how_to_load(Path(save_directory))
 
     @classmethod
     def from_pretrained(
