@@ -41,6 +41,10 @@ CASES = {
     "learned": (LEARNED, {}),
     "held": (HELD, {"save_strategy": "steps", "save_steps": 3}),
     "checkpointed": (LEARNED, {"activation_checkpointing": True}),
+    "checkpointed by FSDP": (
+        LEARNED,
+        {"fsdp": True, "fsdp_config": FSDP["fsdp_config"] | {"activation_checkpointing": True}},
+    ),
     "bfloat16 base": (LEARNED | {"dtype": torch.bfloat16}, {}),
 }
 CAST = {"bf16": True}
@@ -100,7 +104,7 @@ def under_fsdp(folder):
     if n > 1:
         shard_on_cpu()
         options = FSDP
-    names = CASES if n < 4 else ("learned", "held")
+    names = {1: CASES.keys() - {"checkpointed by FSDP"}, 2: CASES, 4: ("learned", "held")}[n]
     results = {name: train(folder / name, adapted(**CASES[name][0]), **options | CASES[name][1]) for name in names}
     results["held"]["resumed"] = resumed(folder / "held", True, **options | CASES["held"][1])
     if n < 4:
@@ -140,6 +144,15 @@ def test_fsdp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case,
     assert [seen["own elements"] for seen in several] == [1] + [0] * (n - 1)
     check_alike(alone, several)
     check_saved(folder, case, several)
+
+
+@pytest.mark.compatibility("Many processes", "FSDP2, its own activation checkpointing")
+def test_names_in_which_fsdp_puts_a_part_are_saved_without_it(runs):
+    folder, results = runs
+    several = [seen["checkpointed by FSDP"] for seen in results[2]]
+
+    check_alike(results[1][0]["checkpointed"], several)
+    check_saved(folder, "checkpointed by FSDP", several, reference="checkpointed")
 
 
 @pytest.mark.compatibility("Many processes", "FSDP2, bfloat16 base with `mixed_precision: no`")
