@@ -49,7 +49,11 @@ class SpikeGate(nn.Module):
         """`v_threshold` and `tau` as the forward takes them, in float32."""
         v_threshold, tau = self.v_threshold, self.tau
         if not v_threshold.dtype == tau.dtype == torch.float32:
-            raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
+            raise SpikeLoraError(
+                "`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out. Where FSDP2's mixed "
+                "precision has cast them: load the base in bfloat16 and set `mixed_precision: no`, or leave thresholds "
+                "that are not learned out by `fsdp_ignored_modules: .*lora_gate.*`, see docs/distributed.md."
+            )
         return v_threshold, _AboveOne.apply(tau) if self.learn_tau else tau
 
     def __getstate__(self):

@@ -37,7 +37,8 @@ def gates(model: nn.Module) -> list[Gated]:
         layer, is_part, adapter = f".{name}".rpartition(".lora_gate.")
         if isinstance(gate, SpikeGate) and is_part:
             layer = layer.removeprefix(".")
-            module = layer.removeprefix("base_model.model.")
+            # A checkpoint that FSDP puts around a layer, perhaps after a meter was made, is no part of its name.
+            module = layer.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "")
             found.append(Gated(module, adapter, gate, model.get_submodule(layer)))
     if not found:
         raise SpikeLoraError(
@@ -58,6 +59,16 @@ def add_up_processes(numbers: Tensor) -> None:
     """Add up numbers in place over the processes of a distributed run, all of which have to ask."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(numbers)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 may have sharded, put together; all processes have to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that FSDP2 may have sharded, perhaps no element."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @contextmanager

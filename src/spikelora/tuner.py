@@ -132,6 +132,10 @@ class SpikeLoraModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT goes by the names of modules, in which FSDP's activation checkpointing puts a part, and finds nothing.
+        keys = (key.partition("lora_gate.") for key in state_dict)
+        layers = tuple(f"{layer}lora_" for layer, part, _ in keys if part)
+        selected |= {key: tensor for key, tensor in state_dict.items() if key.startswith(layers)}
         # PEFT's check for shards that were not gathered goes by the method's name.
         _validate_lora_adapter_state_dict(selected, adapter_name)
         return selected
