@@ -1,4 +1,4 @@
-"""What transformers and TRL cannot do with a gate is refused when they start, with what to do instead.
+"""What transformers and TRL do when they start that a gate does not bear: undone, or refused with what to do instead.
 
 Neither asks the method of PEFT beforehand, so that two methods of transformers are wrapped.
 """
@@ -13,20 +13,21 @@ from transformers.training_args import TrainingArguments
 
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
+from spikelora.gate import SpikeGate
 
 
 def refuse_early() -> None:
     """Wrap the two methods; doing so again changes nothing."""
     # Every trainer calls it at the end of `Trainer.__init__`, before TRL's start their engine of vLLM.
     current = CallbackHandler.on_init_end
-    CallbackHandler.on_init_end = _without_vllm(getattr(current, "__wrapped__", current))
+    CallbackHandler.on_init_end = _fit_for_gates(getattr(current, "__wrapped__", current))
     current = PeftAdapterMixin.load_adapter
     PeftAdapterMixin.load_adapter = _with_the_ways_to_swap(getattr(current, "__wrapped__", current))
 
 
-def _without_vllm(on_init_end):
+def _fit_for_gates(on_init_end):
     @functools.wraps(on_init_end)
-    def without_vllm(
+    def fit_for_gates(
         self: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         # The asynchronous trainers know of no other engine and have no switch.
@@ -36,9 +37,13 @@ def _without_vllm(on_init_end):
                 "TRL hands vLLM the weights of the model with its adapter merged, and a spiking adapter cannot be "
                 "merged: generate with the model itself, by `use_vllm=False` and a trainer that has the option."
             )
+        for gate in self.model.modules() if isinstance(self.model, nn.Module) else ():
+            if isinstance(gate, SpikeGate):  # on quantised bases TRL has cast what is trained to bfloat16
+                for tensor in (gate.v_threshold, gate.tau):
+                    tensor.data = tensor.data.float()
         return on_init_end(self, args, state, control, **kwargs)
 
-    return without_vllm
+    return fit_for_gates
 
 
 def _with_the_ways_to_swap(load_adapter):
