@@ -2,13 +2,18 @@
 
 import functools
 from collections import defaultdict
+from json import JSONDecodeError
+from pathlib import Path
 
 import peft
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
-from spikelora.config import SpikeLoraConfig
+from spikelora import loading
+from spikelora.config import SpikeLoraConfig, check_config_file
+from spikelora.errors import SpikeLoraError
 from spikelora.tuner import Linear, SpikeLoraModel
 
 _NAME = "SPIKELORA"
@@ -33,8 +38,12 @@ def register() -> None:
     peft.SpikeLoraConfig = SpikeLoraConfig
     peft.SpikeLoraModel = SpikeLoraModel
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
-    current = PeftModel.print_trainable_parameters
-    PeftModel.print_trainable_parameters = _with_neurons(getattr(current, "__wrapped__", current))
+    PeftConfig.from_json_file = classmethod(_from_json_file)
+    PeftModel.from_pretrained = classmethod(loading.guard_peft_loading(_original(PeftModel.from_pretrained.__func__)))
+    PeftModel.load_adapter = loading.guard_load_adapter(_original(PeftModel.load_adapter))
+    PeftAdapterMixin.load_adapter = loading.guard_transformers_loading(_original(PeftAdapterMixin.load_adapter))
+    hotswap.hotswap_adapter_from_state_dict = loading.guard_hotswap(_original(hotswap.hotswap_adapter_from_state_dict))
+    PeftModel.print_trainable_parameters = _with_neurons(_original(PeftModel.print_trainable_parameters))
 
 
 def _add_member() -> None:
@@ -51,11 +60,28 @@ def _add_member() -> None:
         PeftType._hashable_values_.append(_NAME)
 
 
+def _original(function):
+    """What an earlier registration wrapped."""
+    return getattr(function, "__wrapped__", function)
+
+
+def _from_json_file(cls, path_json_file, **kwargs):
+    """PEFT's own, through which all its loaders read an adapter_config.json, before they do anything else."""
+    try:
+        attributes = super(PeftConfig, cls).from_json_file(path_json_file, **kwargs)
+    except (JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        raise SpikeLoraError(
+            f"{path_json_file} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
+        ) from error
+    check_config_file(Path(path_json_file), attributes, "SPIKELORA" if issubclass(cls, SpikeLoraConfig) else None)
+    return attributes
+
+
 def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
     """PEFT's own, which transformers calls on `PeftConfig`; a spiking adapter's folder is checked there as well."""
     config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
     if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
-        config.check_folder(pretrained_model_name_or_path, subfolder)
+        config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
     return config
 
 
