@@ -21,6 +21,7 @@ FLOORS = {
     "paths": 2,
     "sparsity": 2,
     "config": 2,
+    "layers": 3,
     "loading": 3,
     "tuner": 3,
     "_registration": 3,
@@ -36,13 +37,15 @@ FLOORS = {
     "report_tables": 5,
     "__init__": 6,
 }
-# The registration names the classes and guards that it registers; a configuration is loaded from an adapter's folder,
-# and its tensors have to fit the model; the autograd functions are made of a backend's products; the meter observes;
-# conversions calibrate; a report is read, drawn and written, and the command does all of that.
+# The registration names the classes and guards that it registers, and the model makes its layers and loads what fits
+# them; a configuration is loaded from an adapter's folder; the autograd functions are made of a backend's products; the
+# meter observes; conversions calibrate; a report is read, drawn and written, and the command does all of that.
 SAME_FLOOR = {
     ("sparsity", "observe"),
-    ("_registration", "loading"),
     ("_registration", "tuner"),
+    ("_registration", "layers"),
+    ("_registration", "loading"),
+    ("tuner", "layers"),
     ("tuner", "loading"),
     ("config", "adapter_files"),
     ("convert", "adapt"),

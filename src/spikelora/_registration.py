@@ -14,7 +14,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 from spikelora import loading
 from spikelora.config import SpikeLoraConfig, check_config_file
 from spikelora.errors import SpikeLoraError
-from spikelora.tuner import Linear, SpikeLoraModel
+from spikelora.layers import SpikingLayer
+from spikelora.tuner import SpikeLoraModel
 
 _NAME = "SPIKELORA"
 
@@ -93,7 +94,7 @@ def _with_neurons(print_trainable_parameters):
         print_trainable_parameters(self)
         adapters: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for layer in self.modules():
-            if isinstance(layer, Linear):
+            if isinstance(layer, SpikingLayer):
                 for name in layer.lora_gate:
                     for symbol, value in layer.neuron(name).items():
                         adapters[name][symbol].append(value)

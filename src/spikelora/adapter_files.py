@@ -1,7 +1,6 @@
 """What a saved adapter has to hold, so that nothing loads but the adapter that was trained; and what its card says."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,10 +14,9 @@ from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
 _REMEDY = "Load the adapter that training saved."
-NEURON = "lora_gate."
-# What a module has in the file, after its name and a dot.
-_LINEAR = ("lora_A.weight", "lora_B.weight")
-_NEURONS = (NEURON + "v_threshold", NEURON + "tau")
+# The names of A in a file, and those of the B that goes with it; a parameter of an embedding has no `weight`.
+_UP = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+_NEURON = {".lora_gate.v_threshold": -torch.inf, ".lora_gate.tau": MIN_TAU}  # and their lowest values
 
 _CARD_HEADING = "## SpikeLoRA"
 _CARD_TEXT = f"""{_CARD_HEADING}
@@ -88,57 +86,52 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     Args:
         tensors: by their names in the file, which are without the adapter's name, such as `fc1.lora_gate.tau`.
     """
-    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        if NEURON not in name and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise SpikeLoraError(f"`{name}` in the adapter's file has values that are no finite numbers. {_REMEDY}")
-        module, found, part = name.rpartition(".lora_")
-        if found:
-            modules[module]["lora_" + part] = tensor
-    if not any(_LINEAR[0] in parts for parts in modules.values()):
+    modules = low_rank_names(tensors)
+    if not modules:
         raise SpikeLoraError(f"The adapter's file has no `lora_A` at all. {_REMEDY}")
-    for module, parts in modules.items():
-        _check_module(module, parts)
+    known = {name + end for name in modules for end in (*_UP, *_UP.values(), *_NEURON)}
+    for name, tensor in tensors.items():
+        if ".lora_" in name and name not in known:
+            raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
+        if ".lora_" in name and not tensor.is_floating_point():
+            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
+        if ".lora_gate." not in name and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise SpikeLoraError(f"`{name}` in the adapter's file has values that are no finite numbers. {_REMEDY}")
+    for module, (down, up) in modules.items():
+        for part in (up, *(module + symbol for symbol in _NEURON)):
+            if part not in tensors:
+                raise SpikeLoraError(
+                    f"The adapter's file has no `{part.removeprefix(f'{module}.')}` for `{module}`: it was not saved "
+                    f"by SpikeLoRA, or is damaged. {_REMEDY}"
+                )
+        _check_rank(module, tensors[down], tensors[up])
+        for symbol, lowest in _NEURON.items():
+            value = tensors[module + symbol]
+            if value.shape != (1,) or not value.isfinite().all() or value.float() < lowest:
+                raise SpikeLoraError(
+                    f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}; "
+                    f"a threshold is one finite number and tau is one above 1. {_REMEDY}"
+                )
 
 
-def ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The rank of each module in a file, the module by its name in the model that was adapted."""
-    end = "." + _LINEAR[0]
-    return {
-        name.removeprefix("base_model.model.").removesuffix(end): len(tensor)
-        for name, tensor in tensors.items()
-        if name.endswith(end)
-    }
-
-
-def _check_module(module: str, parts: dict[str, Tensor]) -> None:
-    down, up = _LINEAR
-    for part in (down, up, *_NEURONS):
-        if part not in parts:
-            raise SpikeLoraError(
-                f"The adapter's file has no `{part}` for `{module}`: it was not saved by SpikeLoRA, or is damaged. "
-                f"{_REMEDY}"
-            )
-    for part, tensor in parts.items():
-        if part not in (down, up, *_NEURONS):
-            raise SpikeLoraError(
-                f"The adapter's file has a `{part}` for `{module}`, which SpikeLoRA does not know. {_REMEDY}"
-            )
-        if not tensor.is_floating_point():
-            raise SpikeLoraError(f"`{part}` of `{module}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
-    shapes = tuple(parts[down].shape), tuple(parts[up].shape)
-    if len(shapes[0]) < 2 or len(shapes[0]) != len(shapes[1]) or shapes[0][0] != shapes[1][1]:
+def _check_rank(module: str, A: Tensor, B: Tensor) -> None:
+    # A is (r, in) and B (out, r), behind which convolutions have their kernels; in those with groups, B is in blocks.
+    has_groups = A.dim() > 2 and B.dim() == A.dim() and B.shape[1] and A.shape[0] % B.shape[1] == 0
+    if not has_groups and not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
         raise SpikeLoraError(
-            f"`{down}` and `{up}` of `{module}` in the adapter's file have the shapes {shapes[0]} and {shapes[1]}, "
-            f"which are not of one rank. {_REMEDY}"
+            f"A and B of `{module}` in the adapter's file have the shapes {tuple(A.shape)} and {tuple(B.shape)}, which "
+            f"are not of one rank. {_REMEDY}"
         )
-    for part, lowest in zip(_NEURONS, (-torch.inf, MIN_TAU), strict=True):
-        value = parts[part]
-        if value.shape != (1,) or not torch.isfinite(value).all() or value.float() < lowest:
-            raise SpikeLoraError(
-                f"`{part.removeprefix(NEURON)}` of `{module}` in the adapter's file is {value.tolist()}; a threshold is "
-                f"one finite number and tau is one above 1. {_REMEDY}"
-            )
+
+
+def low_rank_names(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The names of A and B in an adapter's file by their modules; B may be missing."""
+    return {
+        name.removesuffix(down): (name, name.removesuffix(down) + up)
+        for name in tensors
+        for down, up in _UP.items()
+        if name.endswith(down)
+    }
 
 
 def say_how_to_load(folder: Path) -> None:

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 
-from spikelora.adapter_files import check_weights, holds_gates, ranks, refuse_pickle, say_how_to_load
+from spikelora.adapter_files import check_weights, holds_gates, low_rank_names, refuse_pickle, say_how_to_load
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
@@ -95,7 +95,10 @@ class SpikeLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self.check()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # fields that contradict each other
+            raise SpikeLoraError(str(error)) from error
         self.peft_type = PeftType.SPIKELORA
 
     def check(self) -> None:
@@ -210,9 +213,11 @@ class SpikeLoraConfig(LoraConfig):
             if not self.inference_mode:
                 return
             folder = self._fetch(str(name_or_path), subfolder, kwargs)
-        for module, rank in ranks(check_weights(folder, needed=self.inference_mode)).items():
+        tensors = check_weights(folder, needed=self.inference_mode)
+        for module, (down, _) in low_rank_names(tensors).items():
             pattern = self.rank_pattern or {}
-            expected = pattern.get(get_pattern_key(pattern.keys(), module), self.r)
+            key = get_pattern_key(pattern.keys(), module.removeprefix("base_model.model."))
+            rank, expected = len(tensors[down]), pattern.get(key, self.r)
             if rank != expected:
                 raise SpikeLoraError(
                     f"`{module}` has rank {rank} in the weights in {folder}, and {expected} by `r` and `rank_pattern` "
@@ -226,8 +231,8 @@ class SpikeLoraConfig(LoraConfig):
             file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
         except EntryNotFoundError as error:
             raise SpikeLoraError(
-                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline. A pickle is never "
-                "loaded: save the adapter again, which PEFT does with safetensors."
+                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline. A pickle is "
+                "never loaded: save the adapter again, which PEFT does with safetensors."
             ) from error
         return Path(file).parent
 

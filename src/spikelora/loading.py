@@ -6,6 +6,7 @@ those that are extra; transformers does so too, and reads the file without PEFT'
 
 import functools
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,9 +67,9 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         if key not in state:
             raise SpikeLoraError(f"The adapter's file has `{key}`, which the model has not: {_OTHER_BASE}")
         shape, expected_shape = tuple(tensor.shape), tuple(state[key].shape)
-        if any_rank and ".lora_A." in key:
+        if any_rank and re.search(r"\.lora_(embedding_)?A\.", key):
             shape, expected_shape = shape[1:], expected_shape[1:]
-        elif any_rank and ".lora_B." in key:
+        elif any_rank and re.search(r"\.lora_(embedding_)?B\.", key):
             shape, expected_shape = (shape[0], *shape[2:]), (expected_shape[0], *expected_shape[2:])
         if shape != expected_shape:
             raise SpikeLoraError(
@@ -98,7 +99,12 @@ def guard_load_adapter(load_adapter: Callable) -> Callable:
         if isinstance(config, SpikeLoraConfig):
             config.check_folder(model_id, **self._split_kwargs(dict(kwargs))[0])
         with as_it_was(self):
-            return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+            try:
+                return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+            except KeyError as error:  # of a module that is trained as a whole
+                if not isinstance(self.peft_config.get(adapter_name), SpikeLoraConfig):
+                    raise
+                raise SpikeLoraError(f"The adapter's file has nothing for {error}: {_OTHER_BASE}") from error
 
     return guarded
 
