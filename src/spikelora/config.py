@@ -199,21 +199,25 @@ class SpikeLoraConfig(LoraConfig):
         config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
         return config
 
-    def check_folder(self, name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> None:
+    def check_folder(
+        self, name_or_path: str | os.PathLike, subfolder: str | None = None, needed: bool = False, **kwargs: Any
+    ) -> None:
         """Raise a `SpikeLoraError` where the weights beside this configuration are not whole, or not its own.
 
         Args:
             name_or_path: a local folder, or a hub repository, from which the weights of a saved adapter are fetched.
             subfolder: where in there the adapter is.
+            needed: whether weights have to be there, as beside the configuration of a saved adapter, which has
+                `inference_mode` set; a configuration that was saved by itself may lie alone.
             kwargs: what else the hub is asked with, such as `revision`.
         """
         folder = Path(name_or_path, subfolder or "")
-        # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
+        needed = needed or self.inference_mode
         if not folder.is_dir():
-            if not self.inference_mode:
+            if not needed:
                 return
             folder = self._fetch(str(name_or_path), subfolder, kwargs)
-        tensors = check_weights(folder, needed=self.inference_mode)
+        tensors = check_weights(folder, needed)
         for module, (down, _) in low_rank_names(tensors).items():
             pattern = self.rank_pattern or {}
             key = get_pattern_key(pattern.keys(), module.removeprefix("base_model.model."))

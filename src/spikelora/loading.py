@@ -97,7 +97,7 @@ def guard_load_adapter(load_adapter: Callable) -> Callable:
     def guarded(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config = self.peft_config.get(adapter_name)
         if isinstance(config, SpikeLoraConfig):
-            config.check_folder(model_id, **self._split_kwargs(dict(kwargs))[0])
+            config.check_folder(model_id, needed=True, **self._split_kwargs(dict(kwargs))[0])
         with as_it_was(self):
             try:
                 return load_adapter(self, model_id, adapter_name, *args, **kwargs)
