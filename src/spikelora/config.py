@@ -258,10 +258,10 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
     if method != PeftType.SPIKELORA:
         if attributes.get("use_spikelora"):
             raise SpikeLoraError(_FIRST_ADAPTERS.format(file=file))
-        if holds_gates(file.parent):
+        if holds_gates(file.parent) or (method is None and {"v_threshold", "tau"} & attributes.keys()):
             raise SpikeLoraError(
-                f"{file} has {method and str(PeftType(method).value)!r} for its `peft_type`, but the weights beside it "
-                f"are of a SPIKELORA adapter, which would run without its gate. {remedy}"
+                f"{file} has {method and str(PeftType(method).value)!r} for its `peft_type`, but the adapter is a "
+                f"SPIKELORA one, which would run without its gate. {remedy}"
             )
         return
     hints = get_type_hints(SpikeLoraConfig)

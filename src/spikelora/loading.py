@@ -120,14 +120,17 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
         if isinstance(given.get("peft_config"), SpikeLoraConfig) and tensors is not None:
             check_tensors(tensors)
         with as_it_was(self):
-            info = load_adapter(self, *args, **kwargs)
-            name = given.get("adapter_name") or "default"
-            if isinstance(self.peft_config[name], SpikeLoraConfig):
+            try:
+                info = load_adapter(self, *args, **kwargs)
+            except RuntimeError as error:
+                if "ignore_mismatched_sizes" not in str(error):
+                    raise
+                raise SpikeLoraError(f"The adapter's file has tensors in other shapes: {_OTHER_BASE}") from error
+            if isinstance(self.peft_config[given.get("adapter_name") or "default"], SpikeLoraConfig):
                 for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-                    keys = getattr(info, what)
-                    if keys:
+                    if keys := getattr(info, what):
                         raise SpikeLoraError(
-                            f"The adapter's file does not fit the model, {what.replace('_', ' ')}: "
+                            f"The adapter's file does not fit the model, {what.replace('_', ' ')} "
                             f"{', '.join(f'`{key}`' for key in sorted(keys))}: {_OTHER_BASE}"
                         )
             return info
@@ -136,11 +139,19 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
 
 
 def guard_hotswap(swap: Callable) -> Callable:
-    """PEFT's `hotswap_adapter_from_state_dict`, which sets to 0 what is missing, thresholds and tau too."""
+    """PEFT's `hotswap_adapter_from_state_dict`, which sets to 0 what is missing, thresholds and tau too.
+
+    It also looks for the keys of `rank_pattern` and `alpha_pattern` in names that they never match.
+    """
 
     @functools.wraps(swap)
     def guarded(model: nn.Module, state_dict: dict, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, SpikeLoraConfig):
+            if config.rank_pattern or config.alpha_pattern:
+                raise SpikeLoraError(
+                    "PEFT's hot-swapping would scale this adapter as if it had no `rank_pattern` and `alpha_pattern`: "
+                    "load it beside the other with `load_adapter`, and choose it with `set_adapter`."
+                )
             plain = {key.replace(f".{adapter_name}", ""): value for key, value in state_dict.items()}
             check_tensors(plain)
             check_fit(getattr(model, "_orig_mod", model), adapter_name, state_dict, any_rank=True)
