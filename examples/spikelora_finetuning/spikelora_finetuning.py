@@ -20,6 +20,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ import matplotlib
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -37,6 +38,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     Trainer,
@@ -86,6 +88,7 @@ class Options:
     save_step: int = flag(100, "updates between two checkpoints")
     device_map: str = flag("auto", "where the base model goes, as transformers takes it")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = flag("float32", "of the base model")
+    quantize: Literal["none", "8bit", "4bit"] = flag("none", "the base model's linear layers, by bitsandbytes")
     lora_r: int = flag(8, "rank")
     lora_alpha: int = flag(16, "numerator of LoRA's scaling")
     lora_dropout: float = flag(0.0, "dropout on the adapter's input")
@@ -356,9 +359,23 @@ def adapter_config(options: Options, spiking: bool) -> LoraConfig:
 
 
 def load_base(options: Options):
-    return AutoModelForCausalLM.from_pretrained(
-        options.base_model or EMBEDDED_MODEL, dtype=options.dtype, device_map=options.device_map
+    quantization = {
+        "none": None,
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        "4bit": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, options.dtype, None),
+        ),
+    }[options.quantize]
+    base = AutoModelForCausalLM.from_pretrained(
+        options.base_model or EMBEDDED_MODEL,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        quantization_config=quantization,
     )
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if quantization else base
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -571,6 +588,8 @@ def main() -> None:
     adapter_config(options, spiking=True)
     checkpoint = prepare_folder(folder, options)
     source = options.base_model or str(EMBEDDED_MODEL)
+    if options.quantize != "none" and find_spec("bitsandbytes") is None:
+        sys.exit(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
     if is_local(source) and not Path(source).is_dir():
         sys.exit(f"--base_model {source}: no such folder")
     if options.push_to_hub:  # before the training, as it may fail
