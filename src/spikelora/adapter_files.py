@@ -96,7 +96,10 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         if ".lora_" in name and not tensor.is_floating_point():
             raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
         if ".lora_gate." not in name and tensor.is_floating_point() and not tensor.isfinite().all():
-            raise SpikeLoraError(f"`{name}` in the adapter's file has values that are no finite numbers. {_REMEDY}")
+            raise SpikeLoraError(
+                f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
+                "training diverged. Copy it again, train with a lower learning rate, or take an earlier checkpoint."
+            )
     for module, (down, up) in modules.items():
         for part in (up, *(module + symbol for symbol in _NEURON)):
             if part not in tensors:
