@@ -159,6 +159,7 @@ def header_bits(content):
 
 @st.composite
 def cut(draw, files):
+    assume(files)
     name = draw(st.sampled_from(sorted(files)))
     return files | {name: files[name][: draw(st.integers(0, max(0, len(files[name]) - 1)))]}
 
@@ -240,9 +241,10 @@ JUNK = [None, True, -1, 0, 1, 1.5, float("nan"), "x", "(", [], [1], ["x"], [[0, 
 def fields(draw, files):
     try:
         config = json.loads(files[CONFIG])
-        name = draw(st.sampled_from(sorted(config)))
     except Exception:  # it was damaged before
         return files
+    assume(isinstance(config, dict) and config)
+    name = draw(st.sampled_from(sorted(config)))
     how = draw(st.sampled_from(["value", "value", "name", "missing"]))
     value = draw(st.sampled_from(JUNK)) if how == "value" else config.pop(name)
     if how != "missing":
