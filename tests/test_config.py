@@ -224,14 +224,7 @@ def test_load_beside_damaged_weights(tmp_path, damage, inference_mode):
 def test_load_a_saved_adapter_without_its_weights(tmp_path):
     SpikeLoraConfig(inference_mode=True).save_pretrained(tmp_path)
 
-    with pytest.raises(SpikeLoraError, match=f"^{tmp_path} holds the configuration of a saved adapter but neither"):
-        SpikeLoraConfig.from_pretrained(tmp_path)
-
-    torch.save(WHOLE, tmp_path / "adapter_model.bin")
-    assert SpikeLoraConfig.from_pretrained(tmp_path).inference_mode
-
-    (tmp_path / "adapter_model.bin").write_bytes(b"x" * 100)
-    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is damaged"):
+    with pytest.raises(SpikeLoraError, match=f"^{tmp_path} holds the configuration of a saved adapter but no adapter_"):
         SpikeLoraConfig.from_pretrained(tmp_path)
 
 
@@ -272,37 +265,10 @@ def test_without_neuron():
     assert plain.peft_type == "LORA"
 
 
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_load_beside_weights_that_cannot_be_read(tmp_path):
     SpikeLoraConfig().save_pretrained(tmp_path)
-    torch.save(WHOLE | {"x": Touch(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
-    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is damaged"):
-        SpikeLoraConfig.from_pretrained(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("keep", [0, 0.5], ids=["empty", "cut short"])
-def test_load_beside_a_damaged_pickle(tmp_path, keep):
-    SpikeLoraConfig().save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.bin"
-    torch.save(WHOLE, file)
-    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(SpikeLoraError, match=f"^{file} is damaged"):
-        SpikeLoraConfig.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_load_beside_weights_that_cannot_be_read(tmp_path, name):
-    SpikeLoraConfig().save_pretrained(tmp_path)
-    (tmp_path / name).mkdir()
-    with pytest.raises(SpikeLoraError, match=f"^{tmp_path / name} is damaged"):
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(SpikeLoraError, match=rf"^{tmp_path}/adapter_model\.safetensors is damaged"):
         SpikeLoraConfig.from_pretrained(tmp_path)
 
 

@@ -3,7 +3,7 @@
 import functools
 import os
 from collections import defaultdict
-from operator import attrgetter
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import peft
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import hotswap, register_peft_method
-from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
 
+from spikelora import loading
 from spikelora.adapter_files import say_how_to_load
-from spikelora.config import SpikeLoraConfig
+from spikelora.config import SpikeLoraConfig, check_config_file
+from spikelora.errors import SpikeLoraError
 from spikelora.layers import SpikingLayer
 from spikelora.tuner import SpikeLoraModel
 
@@ -37,14 +39,13 @@ def register() -> None:
         name=_NAME.lower(), config_cls=SpikeLoraConfig, model_cls=SpikeLoraModel, prefix=SpikeLoraModel.prefix
     )
     hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
-    current = hotswap.hotswap_adapter_from_state_dict
-    hotswap.hotswap_adapter_from_state_dict = _keeping_neurons(getattr(current, "__wrapped__", current))
     peft.SpikeLoraConfig = SpikeLoraConfig
     peft.SpikeLoraModel = SpikeLoraModel
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
-    for name, wrap in _WRAPPED.items():
-        current = getattr(PeftModel, name)
-        setattr(PeftModel, name, wrap(getattr(current, "__wrapped__", current)))
+    PeftConfig.from_json_file = classmethod(_from_json_file)
+    PeftModel.from_pretrained = classmethod(loading.guard_peft_loading(_original(PeftModel.from_pretrained.__func__)))
+    for owner, name, wrap in _WRAPPED:
+        setattr(owner, name, wrap(_original(getattr(owner, name))))
 
 
 def _add_member() -> None:
@@ -61,28 +62,29 @@ def _add_member() -> None:
         PeftType._hashable_values_.append(_NAME)
 
 
+def _original(function):
+    """What an earlier registration wrapped."""
+    return getattr(function, "__wrapped__", function)
+
+
+def _from_json_file(cls, path_json_file, **kwargs):
+    """PEFT's own, through which all its loaders read an adapter_config.json, before they do anything else."""
+    try:
+        attributes = super(PeftConfig, cls).from_json_file(path_json_file, **kwargs)
+    except (JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        raise SpikeLoraError(
+            f"{path_json_file} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
+        ) from error
+    check_config_file(Path(path_json_file), attributes, "SPIKELORA" if issubclass(cls, SpikeLoraConfig) else None)
+    return attributes
+
+
 def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
     """PEFT's own, which transformers calls on `PeftConfig`; a spiking adapter's folder is checked there as well."""
     config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
     if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
-        config.check_folder(pretrained_model_name_or_path, subfolder)
+        config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
     return config
-
-
-def _keeping_neurons(hotswap_adapter_from_state_dict):
-    """PEFT's own, which sets to 0 what the new adapter has not: right for A and B, but a `tau` of 0 divides by 0."""
-
-    @functools.wraps(hotswap_adapter_from_state_dict)
-    def keeping_neurons(
-        model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
-        names = (
-            name.removeprefix("_orig_mod.") for name in model.state_dict() if f".lora_gate.{adapter_name}." in name
-        )
-        neurons = {name: attrgetter(name)(model) for name in names if name not in state_dict}
-        hotswap_adapter_from_state_dict(model, state_dict | neurons, adapter_name, *args, **kwargs)
-
-    return keeping_neurons
 
 
 def _with_neurons(print_trainable_parameters):
@@ -134,8 +136,11 @@ def _say_how_to_load(model: PeftModel, folder: str | os.PathLike) -> None:
         say_how_to_load(Path(folder))
 
 
-_WRAPPED = {
-    "print_trainable_parameters": _with_neurons,
-    "create_or_update_model_card": _with_instructions,
-    "_upload_modified_files": _with_instructed_card,
-}
+_WRAPPED = (
+    (PeftModel, "load_adapter", loading.guard_load_adapter),
+    (PeftAdapterMixin, "load_adapter", loading.guard_transformers_loading),
+    (hotswap, "hotswap_adapter_from_state_dict", loading.guard_hotswap),
+    (PeftModel, "print_trainable_parameters", _with_neurons),
+    (PeftModel, "create_or_update_model_card", _with_instructions),
+    (PeftModel, "_upload_modified_files", _with_instructed_card),
+)

@@ -1,18 +1,22 @@
 """The configuration of SpikeLoRA: LoRA's, and the neuron's."""
 
-import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 
-from spikelora.adapter_files import check_weights
+from spikelora.adapter_files import check_weights, holds_gates, low_rank_names, refuse_pickle
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
@@ -32,6 +36,15 @@ _REFUSED = {
     "lora_bias": "a bias on `lora_B` would pass while every gate is silent; leave `lora_bias=False`, "
     'or train the base\'s biases with `bias="lora_only"`',
 }
+# Without one of them, a default would scale the weights in a saved adapter otherwise than in its training.
+_SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+_FIRST_ADAPTERS = """{file} has `use_spikelora`, and not SPIKELORA for its `peft_type`: it is an adapter of the first \
+SpikeLoRA code, which PEFT would load without its gate. Give its tensors a gate, with the values of its configuration:
+    config = SpikeLoraConfig(r=..., lora_alpha=..., use_rslora=..., target_modules=..., v_threshold=..., tau=...)
+    model = get_peft_model(base_model, config)
+    tensors = safetensors.torch.load_file("adapter_model.safetensors")
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model) | tensors)
+    model.save_pretrained(folder)"""
 _INITIALISATIONS = (True, False, "gaussian", "eva")
 
 
@@ -82,7 +95,10 @@ class SpikeLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self.check()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # fields that contradict each other
+            raise SpikeLoraError(str(error)) from error
         self.peft_type = PeftType.SPIKELORA
 
     def check(self) -> None:
@@ -152,6 +168,15 @@ class SpikeLoraConfig(LoraConfig):
         config.peft_type = PeftType.LORA
         return config
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the configuration as PEFT does.
+
+        Raises:
+            SpikeLoraError: where there are weights that are a pickle, and would not be loaded.
+        """
+        refuse_pickle(Path(save_directory))  # PEFT writes the weights first
+        super().save_pretrained(save_directory, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
@@ -164,26 +189,93 @@ class SpikeLoraConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
             raise SpikeLoraError(f"{folder} has no {CONFIG_NAME}; it is no adapter, or a part of it is missing.")
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
-            raise SpikeLoraError(
-                f"{folder / CONFIG_NAME} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
-            ) from error
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, cls):
             found = PeftType(config.peft_type).value
             raise SpikeLoraError(
                 f"{folder} holds a {found} adapter, not a SPIKELORA one; load it with PEFT's own classes."
             )
-        config.check_folder(pretrained_model_name_or_path, subfolder)
+        config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
         return config
 
-    def check_folder(self, name_or_path: str | os.PathLike, subfolder: str | None = None) -> None:
-        """Raise a `SpikeLoraError` where the weights beside this configuration, in a local folder, are not whole."""
+    def check_folder(
+        self, name_or_path: str | os.PathLike, subfolder: str | None = None, needed: bool = False, **kwargs: Any
+    ) -> None:
+        """Raise a `SpikeLoraError` where the weights beside this configuration are not whole, or not its own.
+
+        Args:
+            name_or_path: a local folder, or a hub repository, from which the weights of a saved adapter are fetched.
+            subfolder: where in there the adapter is.
+            needed: whether weights have to be there, as beside the configuration of a saved adapter, which has
+                `inference_mode` set; a configuration that was saved by itself may lie alone.
+            kwargs: what else the hub is asked with, such as `revision`.
+        """
         folder = Path(name_or_path, subfolder or "")
-        if folder.is_dir():
-            # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
-            check_weights(folder, needed=self.inference_mode)
+        needed = needed or self.inference_mode
+        if not folder.is_dir():
+            if not needed:
+                return
+            folder = self._fetch(str(name_or_path), subfolder, kwargs)
+        tensors = check_weights(folder, needed)
+        for module, (down, _) in low_rank_names(tensors).items():
+            pattern = self.rank_pattern or {}
+            key = get_pattern_key(pattern.keys(), module.removeprefix("base_model.model."))
+            rank, expected = len(tensors[down]), pattern.get(key, self.r)
+            if rank != expected:
+                raise SpikeLoraError(
+                    f"`{module}` has rank {rank} in the weights in {folder}, and {expected} by `r` and `rank_pattern` "
+                    f"in its {CONFIG_NAME}: one of the two files is of another adapter. Copy or save it again."
+                )
+
+    @classmethod
+    def _fetch(cls, repository: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+        hub_kwargs = cls._split_kwargs(kwargs)[0]
+        try:
+            file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        except EntryNotFoundError as error:
+            raise SpikeLoraError(
+                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline. A pickle is "
+                "never loaded: save the adapter again, which PEFT does with safetensors."
+            ) from error
+        return Path(file).parent
+
+
+def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
+    """Raise a `SpikeLoraError` where an adapter's `adapter_config.json` is damaged, or would run it without its gate.
+
+    Args:
+        file: the file, beside which the adapter's weights may lie.
+        attributes: what it holds.
+        method: the method of an adapter whose configuration does not say it, where known.
+    """
+    remedy = "Copy or save the adapter again."
+    if not isinstance(attributes, dict):
+        raise SpikeLoraError(f"{file} is damaged: it holds a {type(attributes).__name__}, not fields. {remedy}")
+    method = attributes.get("peft_type", method)
+    if "peft_type" in attributes and method not in list(PeftType):
+        raise SpikeLoraError(f"{file} is damaged: its `peft_type` {method!r} is none that PEFT knows. {remedy}")
+    if method != PeftType.SPIKELORA:
+        if attributes.get("use_spikelora"):
+            raise SpikeLoraError(_FIRST_ADAPTERS.format(file=file))
+        if holds_gates(file.parent) or (method is None and {"v_threshold", "tau"} & attributes.keys()):
+            raise SpikeLoraError(
+                f"{file} has {method and str(PeftType(method).value)!r} for its `peft_type`, but the adapter is a "
+                f"SPIKELORA one, which would run without its gate. {remedy}"
+            )
+        return
+    hints = get_type_hints(SpikeLoraConfig)
+    unknown = sorted(attributes.keys() - hints.keys())
+    if unknown:
+        raise SpikeLoraError(
+            f"{file} has fields that SpikeLoraConfig does not know: {', '.join(unknown)}. It is damaged, or of a newer "
+            "release: upgrade `spikelora` and `peft`, or copy the adapter again."
+        )
+    for name, value in attributes.items():
+        if not _is_a(value, hints[name]):
+            raise SpikeLoraError(f"`{name}` in {file} is {value!r}, which it cannot be. {remedy}")
+    missing = sorted(_SCALING - attributes.keys())
+    if missing and holds_gates(file.parent):
+        raise SpikeLoraError(f"{file} has no {', '.join(missing)}, on which the scaling of its weights rests. {remedy}")
 
 
 def check_target(name: str, target: Any) -> None:
@@ -193,6 +285,26 @@ def check_target(name: str, target: Any) -> None:
             f"`{name}` must be a share of silent activations between 0 and 1, both excluded, got {target!r}; 0.9 is a "
             "usual one."
         )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file is of the type that a field is declared with."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is None or hint is type(None):
+        return value is None
+    if origin in (Union, UnionType):
+        return any(_is_a(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_is_a(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(item, arguments[1]) for item in value.values())
+    if hint in (int, float):  # a whole number may be written with a point, as pruning does with `lora_alpha`
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if issubclass(hint, Enum):
+        return value in list(hint)
+    return isinstance(value, dict if is_dataclass(hint) else hint)
 
 
 def _finite(name: str, value: Any) -> float:

@@ -17,6 +17,7 @@ class SpikeGate(nn.Module):
 
     `v_threshold` and `tau` are parameters of shape `(1,)`, saved with the adapter. They stay float32 whatever the model
     is cast to, as bfloat16 has no 0.1, and have a gradient only where they are learned. A learned `tau` stays above 1.
+    After `to_empty` from the meta device they are as they were configured, until a state dict is loaded.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class SpikeGate(nn.Module):
         self.surrogate_alpha = surrogate_alpha
         self.learn_threshold = learn_threshold
         self.learn_tau = learn_tau
+        self.configured = {"v_threshold": v_threshold, "tau": tau}
         self.observers: tuple[Callable[[Tensor], None], ...] = ()  # called with `a` in every forward, see `observe`
 
     def forward(self, a: Tensor) -> Tensor:
@@ -63,7 +65,13 @@ class SpikeGate(nn.Module):
         def keep_dtype(tensor: Tensor) -> Tensor:
             return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        was_meta = self.tau.is_meta
+        super()._apply(keep_dtype, recurse)
+        if was_meta and not self.tau.is_meta:  # by `to_empty`, which leaves in a tensor what the memory held
+            with torch.no_grad():
+                for name, value in self.configured.items():
+                    getattr(self, name).fill_(value)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,13 +1,12 @@
 """What transformers and TRL do when they start that a gate does not bear: undone, or refused with what to do instead.
 
-Neither asks the method of PEFT beforehand, so that two methods of transformers are wrapped.
+Neither asks the method of PEFT beforehand, so that a method of transformers is wrapped.
 """
 
 import functools
 from typing import Any
 
 from torch import nn
-from transformers.integrations.peft import PeftAdapterMixin
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
@@ -17,12 +16,10 @@ from spikelora.gate import SpikeGate
 
 
 def refuse_early() -> None:
-    """Wrap the two methods; doing so again changes nothing."""
+    """Wrap the method; doing so again changes nothing."""
     # Every trainer calls it at the end of `Trainer.__init__`, before TRL's start their engine of vLLM.
     current = CallbackHandler.on_init_end
     CallbackHandler.on_init_end = _fit_for_gates(getattr(current, "__wrapped__", current))
-    current = PeftAdapterMixin.load_adapter
-    PeftAdapterMixin.load_adapter = _with_the_ways_to_swap(getattr(current, "__wrapped__", current))
 
 
 def _fit_for_gates(on_init_end):
@@ -44,22 +41,6 @@ def _fit_for_gates(on_init_end):
         return on_init_end(self, args, state, control, **kwargs)
 
     return fit_for_gates
-
-
-def _with_the_ways_to_swap(load_adapter):
-    @functools.wraps(load_adapter)
-    def with_the_ways_to_swap(self: PeftAdapterMixin, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return load_adapter(self, *args, **kwargs)
-        except ValueError as error:
-            if "Hotswapping is currently only supported" not in str(error) or not _is_spiking(self):
-                raise
-            raise SpikeLoraError(
-                "transformers swaps adapters of LoRA only: call `delete_adapter` and then `load_adapter`, or hold the "
-                "model in a `PeftModel` and swap with `peft.utils.hotswap.hotswap_adapter`."
-            ) from error
-
-    return with_the_ways_to_swap
 
 
 def _is_spiking(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import Embedding, has_spiking_type, make_spiking, refuse_merging
+from spikelora.loading import check_fit
 
 
 class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
@@ -146,7 +147,7 @@ class SpikeLoraModel(LoraModel):
     ) -> dict[str, Tensor]:
         check_tensors(state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_fit(model, adapter_name, state_dict)
+        check_fit(model, adapter_name, state_dict)
         # With low_cpu_mem_usage the file's tensors take the place of the gate's, dtype and all.
         return {key: value.float() if ".lora_gate." in key else value for key, value in state_dict.items()}
 
@@ -191,21 +192,3 @@ def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:
         "`Conv1D`, and linear layers quantised by bitsandbytes, GPTQ, HQQ, torchao or INC; leave the module out "
         "through `target_modules` or `exclude_modules`."
     )
-
-
-def _check_fit(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse a file that is not for this model: every tensor of the adapter has to be there, in its shape."""
-    for key, expected in model.state_dict().items():
-        if ".lora_" not in key or f".{adapter_name}." not in key:
-            continue
-        if key not in state_dict:
-            raise SpikeLoraError(
-                f"The adapter's file has nothing for `{key}`: it was trained on another base model, or with other "
-                "`target_modules` than its adapter_config.json has now."
-            )
-        if state_dict[key].shape != expected.shape:
-            raise SpikeLoraError(
-                f"`{key}` has the shape {tuple(state_dict[key].shape)} in the adapter's file and "
-                f"{tuple(expected.shape)} in the model: the adapter was trained on another base model, or `r` or "
-                "`rank_pattern` in its adapter_config.json was changed."
-            )
