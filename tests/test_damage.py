@@ -334,7 +334,10 @@ def test_an_adapter_of_another_base(loader, other, saved, tmp_path):
     assert state(base) == before
 
 
-@pytest.mark.parametrize("loader", [name for name, (make, _) in LOADERS.items() if make is with_an_adapter])
+# A swap takes an adapter of fewer modules, and silences the others.
+@pytest.mark.parametrize(
+    "loader", [name for name, (make, _) in LOADERS.items() if make is with_an_adapter and name != "hotswap_adapter"]
+)
 def test_an_adapter_of_other_modules(loader, saved, tmp_path):
     def drop_a_layer(tensors):
         for name in [name for name in tensors if "layers.1.fc1" in name]:

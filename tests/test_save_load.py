@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_opt
-from peft import LoraConfig, (
+from peft import (
     AutoPeftModelForCausalLM,
+    LoraConfig,
     PeftModel,
     get_peft_model,
 )
