@@ -262,8 +262,11 @@ class TestRefused:
     )
     def test_other_layers_by_name(self, module):
         model = nn.ModuleDict({"good": nn.Linear(4, 4), "inner": nn.ModuleDict({"other": module})})
+        before = copy.deepcopy(model)
         with pytest.raises(SpikeLoraError, match=rf"`inner\.other` is a {type(module).__name__}"):
-            get_peft_model(model, SpikeLoraConfig(target_modules=["other"]))
+            get_peft_model(model, SpikeLoraConfig(target_modules=["good", "other"]))
+        assert repr(model) == repr(before)
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
 
     def test_the_projection_that_attention_never_calls(self):
         with pytest.raises(SpikeLoraError, match="out_proj"):

@@ -15,7 +15,7 @@ from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import Embedding, has_spiking_type, make_spiking, refuse_merging
-from spikelora.loading import check_fit
+from spikelora.loading import as_it_was, check_fit
 
 
 class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
@@ -95,7 +95,8 @@ class SpikeLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with as_it_was(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
         patterns = self.peft_config[adapter_name].threshold_pattern
