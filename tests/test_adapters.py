@@ -477,3 +477,43 @@ class TestOtherMethods:
     def test_a_mixed_model(self):
         with pytest.raises(ValueError, match="SPIKELORA"):
             get_peft_model(tiny_opt(), config(), mixed=True)
+
+
+@pytest.mark.parametrize("swapped", ["default", "a"])
+def test_a_swap_leaves_adapters_of_similar_names_alone(swapped, tmp_path):
+    """PEFT sets to 0 what the new adapter has not, among all tensors whose names contain the adapter's name."""
+    other = f"{swapped}_2"
+    spiking(tiny_opt(), v_threshold=0.4).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_opt(), SpikeLoraConfig(r=4, target_modules="all-linear"), swapped)
+    model.add_adapter(other, SpikeLoraConfig(r=4, target_modules="all-linear", v_threshold=0.2))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)) / 4
+    before = {name: value.clone() for name, value in model.state_dict().items() if f".{other}." in name}
+    hotswap_adapter(model, tmp_path, swapped, torch_device="cpu")
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {v.item() for name, v in after.items() if f".{swapped}.v_threshold" in name} == {torch.tensor(0.4).item()}
+
+
+def test_a_swap_of_embeddings_is_refused_before_anything_changes(tmp_path):
+    options = {"target_modules": ["embed_tokens", "fc1"]}
+    spiking(tiny_opt(), v_threshold=0.4, **options).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = spiking(tiny_opt(), **options)
+    before = logits(model)
+    with pytest.raises(SpikeLoraError, match="does not find the layers of embeddings"):
+        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("name", ["0", "layers", "decoder", "fc1"])
+def test_an_adapter_may_have_the_name_of_a_module(name, tmp_path):
+    expected = logits(model := spiking(tiny_opt()))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_opt(), tmp_path)
+    loaded.load_adapter(tmp_path, name)
+    loaded.set_adapter(name)
+    assert torch.equal(logits(loaded), expected)
+    base = tiny_opt()
+    base.load_adapter(str(tmp_path), adapter_name=name)
+    assert torch.equal(logits(base), expected)

@@ -395,9 +395,14 @@ def test_only_what_a_finished_run_left_is_cleared(script, tmp_path):
 
 def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path):
     class Saved:
-        def save_pretrained(self, folder):
+        model = None
+
+        def save_model(self, folder):
             for name in script["ADAPTER_FILES"]:
                 (folder / name).touch()
+
+        def save_pretrained(self, folder):
+            pass
 
     moved = []
     monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: "")

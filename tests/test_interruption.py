@@ -125,5 +125,6 @@ def test_the_example_killed_while_it_saves(tmp_path, monkeypatch):
     expected = [model(TOKENS).logits for model in models]
     folder = tmp_path / "run"
     folder.mkdir()
-    for _ in kills([lambda model=model: save(model, tokenizer, {}, options, folder) for model in models]):
+    trainers = [SimpleNamespace(model=model, save_model=model.save_pretrained) for model in models]
+    for _ in kills([lambda trainer=trainer: save(trainer, tokenizer, {}, options, folder) for trainer in trainers]):
         assert is_one_of(logits(folder), *expected)

@@ -275,3 +275,15 @@ def test_layers_that_never_ask_for_the_gate_are_refused(monkeypatch, module, nam
 def test_the_dispatchers_are_those_that_peft_asks():
     asked = LoraModel._create_new_module.__code__.co_names
     assert {dispatcher for _, _, dispatcher in UNGATED.values()} | {"dispatch_gptq", "dispatch_inc"} <= set(asked)
+
+
+def test_a_disabled_adapter_on_gptq_in_a_mixed_batch(monkeypatch):
+    class Base(nn.Linear):
+        pass
+
+    layer = spiking(Small(Base(16, 8)), target_modules=["layer"]).base_model.model.layer
+    layer.__class__ = layers.GPTQLoraLinear
+    layer.quant_linear_module = layer.base_layer
+    layer.enable_adapters(False)
+    x = torch.ones(2, 16)
+    assert torch.equal(layer(x, adapter_names=["default", "__base__"]), layer.base_layer(x))

@@ -22,7 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 import spikelora
 from spikelora import SpikeLoraConfig, SpikeLoraModel, _versions
 from spikelora._registration import register
-from spikelora.integrations import refuse_early
+from spikelora.integrations import guard_trainers
 
 
 def run(code):
@@ -216,7 +216,7 @@ def test_mixed_models_refuse_the_config(opt):
     assert not any("spiking" in name for name, _ in opt.named_parameters())
 
 
-@pytest.mark.parametrize("requirement", ["peft<0.21,>=0.20", "transformers>=99", "torch<2.9"])
+@pytest.mark.parametrize("requirement", ["peft<0.21,>=0.20", "transformers>=99"])
 def test_an_unsupported_version_is_an_error_that_says_which_to_install(requirement, monkeypatch):
     supported = ["peft<0.22,>=0.21", "transformers<6,>=5.17", "torch>=2.9", "pandas>=99; extra == 'dev'"]
     monkeypatch.setattr(_versions, "requires", lambda name: supported)
@@ -253,5 +253,5 @@ print("peft" in sys.modules)
 )
 def test_what_is_wrapped_is_wrapped_once(owner, name):
     register()
-    refuse_early()
+    guard_trainers()
     assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__")

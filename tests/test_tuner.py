@@ -24,7 +24,7 @@ from transformers import (
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
 from spikelora.gate import SpikeGate
-from spikelora.tuner import _READ_NOT_CALLED
+from spikelora.read_not_called import _READ_NOT_CALLED
 
 NEVER, ALWAYS = 1e30, -1e30
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -484,3 +484,18 @@ def test_a_second_gate_goes_to_the_device_of_its_a(opt, monkeypatch):
     monkeypatch.setattr(SpikeGate, "to", lambda gate, device: moved.append(device) or gate)
     model.add_adapter("other", SpikeLoraConfig(target_modules=["fc1"]))
     assert moved == [torch.device("cpu")] * 2
+
+
+class ReadsIts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x.to(self.called.weight.dtype)) @ self.read.weight
+
+
+def test_a_module_that_its_model_seems_to_read_is_warned_of():
+    with pytest.warns(RuntimeWarning, match="By the source of ReadsIts target module `read` is read and never called"):
+        get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["read", "called"]))
+    get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["called"]))

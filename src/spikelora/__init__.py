@@ -11,7 +11,7 @@ from spikelora import _versions as _versions  # the first, as it looks at the ve
 from spikelora._registration import register
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
-from spikelora.integrations import refuse_early
+from spikelora.integrations import guard_trainers
 from spikelora.sparsity import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 from spikelora.tuner import SpikeLoraModel
 
@@ -42,7 +42,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 register()
-refuse_early()
+guard_trainers()
 
 
 # Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,

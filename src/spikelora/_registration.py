@@ -15,7 +15,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from spikelora import loading
 from spikelora.adapter_files import say_how_to_load
-from spikelora.config import SpikeLoraConfig, check_config_file
+from spikelora.config import SpikeLoraConfig
+from spikelora.config_file import check_config_file
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import SpikingLayer
 from spikelora.tuner import SpikeLoraModel
@@ -43,9 +44,9 @@ def register() -> None:
     peft.SpikeLoraModel = SpikeLoraModel
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
     PeftConfig.from_json_file = classmethod(_from_json_file)
-    PeftModel.from_pretrained = classmethod(loading.guard_peft_loading(_original(PeftModel.from_pretrained.__func__)))
+    PeftModel.from_pretrained = classmethod(loading.guard_peft_loading(original(PeftModel.from_pretrained.__func__)))
     for owner, name, wrap in _WRAPPED:
-        setattr(owner, name, wrap(_original(getattr(owner, name))))
+        setattr(owner, name, wrap(original(getattr(owner, name))))
 
 
 def _add_member() -> None:
@@ -62,20 +63,23 @@ def _add_member() -> None:
         PeftType._hashable_values_.append(_NAME)
 
 
-def _original(function):
-    """What an earlier registration wrapped."""
-    return getattr(function, "__wrapped__", function)
+def original(function):
+    """What was there before an earlier registration wrapped it, with the wrappers of others."""
+    is_ours = function.__globals__["__name__"].partition(".")[0] == "spikelora"
+    return function.__wrapped__ if is_ours else function
 
 
 def _from_json_file(cls, path_json_file, **kwargs):
     """PEFT's own, through which all its loaders read an adapter_config.json, before they do anything else."""
+    file = Path(path_json_file)
     try:
         attributes = super(PeftConfig, cls).from_json_file(path_json_file, **kwargs)
     except (JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
+        # Whose it is, it does not say any more.
         raise SpikeLoraError(
-            f"{path_json_file} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
+            f"{file} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
         ) from error
-    check_config_file(Path(path_json_file), attributes, "SPIKELORA" if issubclass(cls, SpikeLoraConfig) else None)
+    check_config_file(file, attributes, _NAME if issubclass(cls, SpikeLoraConfig) else None)
     return attributes
 
 

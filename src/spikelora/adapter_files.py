@@ -95,7 +95,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
         if ".lora_" in name and not tensor.is_floating_point():
             raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
-        if ".lora_gate." not in name and tensor.is_floating_point() and not tensor.isfinite().all():
+        if ".lora_" in name and ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
                 f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
                 "training diverged. Copy it again, train with a lower learning rate, or take an earlier checkpoint."

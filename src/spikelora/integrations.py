@@ -1,7 +1,4 @@
-"""What transformers and TRL do when they start that a gate does not bear: undone, or refused with what to do instead.
-
-Neither asks the method of PEFT beforehand, so that a method of transformers is wrapped.
-"""
+"""What trainers do when they are made that a gate does not bear: undone, or refused with what to do instead."""
 
 import functools
 from typing import Any
@@ -10,16 +7,16 @@ from torch import nn
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from spikelora._registration import original
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
 
 
-def refuse_early() -> None:
-    """Wrap the method; doing so again changes nothing."""
-    # Every trainer calls it at the end of `Trainer.__init__`, before TRL's start their engine of vLLM.
-    current = CallbackHandler.on_init_end
-    CallbackHandler.on_init_end = _fit_for_gates(getattr(current, "__wrapped__", current))
+def guard_trainers() -> None:
+    """Wrap what every trainer calls when it is made; doing so again changes nothing."""
+    # At the end of `Trainer.__init__`, before TRL's trainers start their engine of vLLM.
+    CallbackHandler.on_init_end = _fit_for_gates(original(CallbackHandler.on_init_end))
 
 
 def _fit_for_gates(on_init_end):
@@ -35,7 +32,7 @@ def _fit_for_gates(on_init_end):
                 "merged: generate with the model itself, by `use_vllm=False` and a trainer that has the option."
             )
         for gate in self.model.modules() if isinstance(self.model, nn.Module) else ():
-            if isinstance(gate, SpikeGate):  # on quantised bases TRL has cast what is trained to bfloat16
+            if isinstance(gate, SpikeGate):  # on quantised bases TRL has rounded what is trained to bfloat16
                 for tensor in (gate.v_threshold, gate.tau):
                     tensor.data = tensor.data.float()
         return on_init_end(self, args, state, control, **kwargs)

@@ -14,6 +14,7 @@ from copy import copy
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spikelora.adapter_files import check_tensors
@@ -54,6 +55,11 @@ def _has_gates(model: nn.Module) -> bool:
     return any(isinstance(module, SpikeGate) for module in model.modules())
 
 
+def _tensors_of(adapter_name: str) -> re.Pattern:
+    """Finds the names of an adapter's tensors in a model; modules may have the adapter's name, too."""
+    return re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+
+
 def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], swapped: bool = False) -> None:
     """Raise a `SpikeLoraError` unless a file has every tensor of an adapter in this model, in its shape, and no other.
 
@@ -65,12 +71,15 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
     """
     state = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
     found = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    own = _tensors_of(adapter_name)
     for key in state:
-        if ".lora_" in key and f".{adapter_name}." in f"{key}." and key not in found and not swapped:
+        if own.search(key) and key not in found and not swapped:
             raise SpikeLoraError(f"The adapter's file has nothing for `{key}`: {_OTHER_BASE}")
     for key, tensor in found.items():
         if key not in state:
             raise SpikeLoraError(f"The adapter's file has `{key}`, which the model has not: {_OTHER_BASE}")
+        if not own.search(key):  # of a module that is trained as a whole, which PEFT looks at by itself
+            continue
         shape, expected_shape = tuple(tensor.shape), tuple(state[key].shape)
         if swapped and re.search(r"\.lora_(embedding_)?A\.", key):
             shape, expected_shape = shape[1:], expected_shape[1:]
@@ -107,7 +116,8 @@ def guard_load_adapter(load_adapter: Callable) -> Callable:
             try:
                 return load_adapter(self, model_id, adapter_name, *args, **kwargs)
             except KeyError as error:  # of a module that is trained as a whole
-                if not isinstance(self.peft_config.get(adapter_name), SpikeLoraConfig):
+                config = self.peft_config.get(adapter_name)
+                if not (isinstance(config, SpikeLoraConfig) and config.modules_to_save):
                     raise
                 raise SpikeLoraError(f"The adapter's file has nothing for {error}: {_OTHER_BASE}") from error
 
@@ -138,12 +148,15 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
                 if "ignore_mismatched_sizes" not in str(error):
                     raise
                 raise SpikeLoraError(f"The adapter's file has tensors in other shapes: {_OTHER_BASE}") from error
-            if isinstance(self.peft_config[given.get("adapter_name") or "default"], SpikeLoraConfig):
+            adapter_name = given.get("adapter_name") or "default"
+            if isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
+                # Modules of the base may have the adapter's name, and are then said to be missing.
+                parts = re.compile(rf"{_tensors_of(adapter_name).pattern}|modules_to_save|trainable_tokens")
                 for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-                    if keys := getattr(info, what):
+                    if keys := [key for key in getattr(info, what) if what != "missing_keys" or parts.search(str(key))]:
                         raise SpikeLoraError(
                             f"The adapter's file does not fit the model, {what.replace('_', ' ')} "
-                            f"{', '.join(f'`{key}`' for key in sorted(keys))}: {_OTHER_BASE}"
+                            f"{', '.join(f'`{key}`' for key in sorted(map(str, keys)))}: {_OTHER_BASE}"
                         )
             return info
 
@@ -153,7 +166,8 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
 def guard_hotswap(swap: Callable) -> Callable:
     """PEFT's `hotswap_adapter_from_state_dict`, which sets to 0 what is missing: right for A and B, but for no tau.
 
-    It also looks for the keys of `rank_pattern` and `alpha_pattern` in names that they never match.
+    It also looks for the keys of `rank_pattern` and `alpha_pattern` in names that they never match, for the layer of an
+    embedding one name too far up, and for missing tensors among those of all adapters whose names contain this one's.
     """
 
     @functools.wraps(swap)
@@ -164,12 +178,26 @@ def guard_hotswap(swap: Callable) -> Callable:
                     "PEFT's hot-swapping would scale this adapter as if it had no `rank_pattern` and `alpha_pattern`: "
                     "load it beside the other with `load_adapter`, and choose it with `set_adapter`."
                 )
+            if any(".lora_embedding_" in key for key in state_dict):
+                raise SpikeLoraError(
+                    "PEFT's hot-swapping does not find the layers of embeddings: load this adapter beside the other "
+                    "with `load_adapter`, and choose it with `set_adapter`."
+                )
             plain = {key.replace(f".{adapter_name}", ""): value for key, value in state_dict.items()}
             check_tensors(plain)
             model_itself = getattr(model, "_orig_mod", model)
             check_fit(model_itself, adapter_name, state_dict, swapped=True)
             neurons = (name for name in model_itself.state_dict() if f".lora_gate.{adapter_name}." in name)
             state_dict = {name: attrgetter(name)(model_itself) for name in neurons} | state_dict
+        own = _tensors_of(adapter_name)
+        others = {
+            parameter: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if isinstance(config, SpikeLoraConfig) and ".lora_" in name and not own.search(name)
+        }
         swap(model, state_dict, adapter_name, config, *args, **kwargs)
+        with torch.no_grad():
+            for parameter, value in others.items():
+                parameter.copy_(value)
 
     return guarded

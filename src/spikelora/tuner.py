@@ -16,43 +16,11 @@ from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import Embedding, has_spiking_type, make_spiking, refuse_merging
 from spikelora.loading import as_it_was, check_fit
+from spikelora.read_not_called import check_called
 
 
 class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
     """Raised where an adapter would adapt no module at all."""
-
-
-# Modules whose weight the module around them takes without calling them, at least at times, by its class: found in the
-# sources of transformers 5.23 and of torch. PEFT knows those of Mamba.
-_MAMBA = {"conv1d", "dt_proj", "out_proj", "x_proj"}
-_MAMBA_2 = {"conv1d", "out_proj"}
-_RELATIVE_POSITIONS = {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"}
-_READ_NOT_CALLED = {
-    "BambaMixer": _MAMBA_2,
-    "ConditionalDetrMHAttentionMap": {"k_proj"},
-    "DabDetrMHAttentionMap": {"k_linear"},
-    "DetrMHAttentionMap": {"k_proj"},
-    "FalconH1Mixer": _MAMBA_2,
-    "FalconMambaMixer": _MAMBA,
-    "Gemma3nTextAltUp": {"correction_coefs"},
-    "GraniteMoeHybridMambaLayer": _MAMBA_2,
-    "JambaMambaMixer": {"conv1d", "dt_proj"},
-    "LSHSelfAttention": {"query_key", "value"},
-    "LayoutLMv2Encoder": _RELATIVE_POSITIONS,
-    "LayoutLMv3Encoder": _RELATIVE_POSITIONS,
-    "LongcatFlashTopkRouter": {"classifier"},
-    "Mamba2Mixer": _MAMBA_2,
-    "MambaMixer": _MAMBA,
-    "MaskFormerDetrMHAttentionMap": {"k_proj"},
-    "MobileBertLMPredictionHead": {"decoder", "dense"},
-    "NemotronHMamba2Mixer": _MAMBA_2,
-    "NeoMMEForMaskedLM": {"unembedding_projection"},
-    "PPDocLayoutV2ReadingOrderEncoder": _RELATIVE_POSITIONS,
-    "TDNNLayer": {"kernel"},
-    "TransformerEncoderLayer": {"linear1", "linear2"},
-    "WavLMAttention": {"k_proj", "out_proj", "q_proj", "v_proj"},
-    "Zamba2MambaMixer": _MAMBA_2,
-}
 
 
 class SpikeLoraModel(LoraModel):
@@ -134,7 +102,8 @@ class SpikeLoraModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # PEFT goes by the names of modules, in which FSDP's activation checkpointing puts a part, and finds nothing.
+        # PEFT goes by the names of modules, in which FSDP's activation checkpointing puts a part, and finds nothing. It
+        # has left out the tensors of other adapters already.
         keys = (key.partition("lora_gate.") for key in state_dict)
         layers = tuple(f"{layer}lora_" for layer, part, _ in keys if part)
         selected |= {key: tensor for key, tensor in state_dict.items() if key.startswith(layers)}
@@ -164,16 +133,6 @@ def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
     # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
     if not has_spiking_type(layer) or isinstance(target, NonDynamicallyQuantizableLinear):
         raise _unsupported(name, target)
-
-
-def check_called(parent: nn.Module, name: str) -> None:
-    """Raise a `SpikeLoraError` where the module around a target takes its weight and does not call it."""
-    read = set().union(*(_READ_NOT_CALLED.get(base.__name__, ()) for base in type(parent).__mro__))
-    if name.rpartition(".")[2] in read:
-        raise SpikeLoraError(
-            f"Target module `{name}` is read by its model, not called: the gate would never run. Leave it out through "
-            "`target_modules` or `exclude_modules`."
-        )
 
 
 def _check_whole(name: str, target: nn.Module) -> None:
