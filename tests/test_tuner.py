@@ -489,7 +489,8 @@ def test_a_second_gate_goes_to_the_device_of_its_a(opt, monkeypatch):
 class ReadsIts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.read = nn.Linear(4, 4)
+        self.called = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.called(x.to(self.called.weight.dtype)) @ self.read.weight
