@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench compatibility versions wheel clean
+.PHONY: finetune test quality format bench compatibility quantised versions wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -25,17 +25,22 @@ format: $(READY)
 bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# hqq and torchao are set aside, as transformers and PEFT import them wherever they are installed, which takes seconds.
+# Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time.
 QUANTISED := build/quantised
+WITH_QUANTISED := PYTHONPATH=$(QUANTISED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	-W "ignore:.*script_method:DeprecationWarning"
 OLDEST := build/oldest
 
 $(QUANTISED)/.ready: $(READY)
-	$(BIN)/python -m pip install --no-deps --target $(QUANTISED) einops==0.8.2 hqq==0.2.8.post1 termcolor==3.3.0 torchao==0.18.0
+	$(BIN)/python -m pip install --no-deps --target $(QUANTISED) bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 \
+		einops==0.8.2 termcolor==3.3.0
 	touch $@
 
 compatibility: $(QUANTISED)/.ready  ## what works and what is refused; writes docs/compatibility.md from the tests' outcomes
-	PYTHONPATH=$(QUANTISED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.compatibility -m compatibility \
-		-W "ignore:.*script_method:DeprecationWarning"
+	$(WITH_QUANTISED) -p tests.compatibility -m compatibility
+
+quantised: $(QUANTISED)/.ready  ## the tests that need a library that quantises
+	$(WITH_QUANTISED) tests/test_quantised.py tests/test_finetuning.py -k quantised
 
 # transformers 5.17 needs a huggingface_hub below 2, and that an older client of HTTP.
 $(OLDEST)/.ready: $(READY)

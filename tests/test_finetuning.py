@@ -227,6 +227,7 @@ def test_an_instruction_run(tmp_path):
 
 @pytest.mark.compatibility("Layers", "the example with `--quantize 4bit`")
 def test_a_run_on_a_quantised_base(script, tmp_path):
+    pytest.importorskip("bitsandbytes")
     result = run(*SMALL, "--max_steps=6", "--quantize=4bit", f"--output_dir={tmp_path}")
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())

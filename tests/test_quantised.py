@@ -27,10 +27,12 @@ TOKENS = torch.arange(3, 31).view(2, 14)
 
 
 def four_bit():
+    pytest.importorskip("bitsandbytes")
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 
 
 def eight_bit():
+    pytest.importorskip("bitsandbytes")
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
