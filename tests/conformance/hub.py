@@ -1,0 +1,211 @@
+"""Random models in place of those that PEFT's tests download: a cache of the hub, made here, which offline mode reads.
+
+Each repository has the model class, and where a test says so the sizes, of the one it stands for; the weights are
+random, so a test that compares with known numbers fails with LoRA as well and is no part of the comparison.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+ATTENTION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+DECODER = ATTENTION | TOKENS | {"num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 512}
+ENCODER = ATTENTION | {"vocab_size": 1124, "max_position_embeddings": 512}
+MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 4}
+
+
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 260 tokens."""
+    vocabulary = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges=[], unk_token="<unk>"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), vocabulary, strict=False))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+
+
+def opt(**sizes: Any) -> hf.OPTConfig:
+    small = {"hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 5, "num_attention_heads": 4}
+    return hf.OPTConfig(**small | {"ffn_dim": 4, "vocab_size": 50265, "max_position_embeddings": 100} | TOKENS | sizes)
+
+
+def gpt2(**sizes: Any) -> hf.GPT2Config:
+    small = {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512, "vocab_size": 1024}
+    return hf.GPT2Config(**small | TOKENS | sizes)
+
+
+def t5() -> hf.T5Config:
+    small = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4, "vocab_size": 1103}
+    return hf.T5Config(**small, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+
+
+def bart() -> hf.BartConfig:
+    ends = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return hf.BartConfig(**ends, **heads, d_model=16, vocab_size=1024, max_position_embeddings=100, **TOKENS)
+
+
+def gemma3() -> hf.Gemma3TextConfig:
+    return hf.Gemma3TextConfig(**DECODER | {"head_dim": 8, "sliding_window": 32})
+
+
+def clip_text(**sizes: Any) -> dict[str, Any]:
+    return ATTENTION | TOKENS | {"vocab_size": 1000, "max_position_embeddings": 77, "projection_dim": 16} | sizes
+
+
+def llava() -> hf.LlavaConfig:
+    vision = hf.CLIPVisionConfig(**ATTENTION, image_size=30, patch_size=15, projection_dim=16)
+    return hf.LlavaConfig(vision_config=vision, text_config=hf.LlamaConfig(**DECODER), image_token_index=3)
+
+
+def qwen_vl() -> hf.Qwen2_5_VLConfig:
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 16}
+    rope = {"rope_type": "default", "mrope_section": [1, 1], "type": "default"}
+    return hf.Qwen2_5_VLConfig(text_config=DECODER | {"rope_parameters": rope}, vision_config=vision)
+
+
+def whisper() -> hf.WhisperConfig:
+    ends = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return hf.WhisperConfig(**ends, **heads, d_model=16, vocab_size=1000, **TOKENS, decoder_start_token_id=2)
+
+
+def bloom() -> hf.BloomConfig:
+    return hf.BloomConfig(hidden_size=32, n_layer=5, n_head=4, vocab_size=1024, **TOKENS)
+
+
+def deberta(version: type[hf.PreTrainedConfig]) -> hf.PreTrainedConfig:
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+    return version(**ENCODER, **relative, max_relative_positions=32)
+
+
+def mamba() -> hf.FalconMambaConfig:
+    return hf.FalconMambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, vocab_size=1000, **TOKENS)
+
+
+def nemotron() -> hf.NemotronHConfig:
+    mamba = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 2, "chunk_size": 16}
+    small = DECODER | {"num_hidden_layers": 3, "head_dim": 4}
+    return hf.NemotronHConfig(**small, **mamba, layers_block_type=["mamba", "attention", "moe"])
+
+
+def llama4() -> hf.Llama4TextConfig:
+    return hf.Llama4TextConfig(**DECODER | {"head_dim": 4, "intermediate_size_mlp": 32, "num_local_experts": 4})
+
+
+def resnet() -> hf.ResNetConfig:
+    return hf.ResNetConfig(embedding_size=10, hidden_sizes=[10, 20, 30, 40], depths=[1, 1, 2, 1], num_labels=3)
+
+
+# The repository's name, the class of its model and what makes its configuration.
+MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConfig]]] = {
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (hf.OPTForCausalLM, opt),
+    # The real one has 12 layers of width 768; two of them keep its widths and its names.
+    "peft-internal-testing/opt-125m": (
+        hf.OPTForCausalLM,
+        lambda: opt(hidden_size=768, word_embed_proj_dim=768, num_hidden_layers=2, num_attention_heads=12, ffn_dim=3072),
+    ),
+    "peft-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, gpt2),
+    "hf-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, gpt2),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": (hf.GPT2LMHeadModel, gpt2),
+    "gpt2": (hf.GPT2LMHeadModel, gpt2),
+    "peft-internal-testing/tiny-random-GPTJForCausalLM": (
+        hf.GPTJForCausalLM,
+        lambda: hf.GPTJConfig(
+            n_embd=32, n_layer=5, n_head=4, n_positions=512, rotary_dim=4, vocab_size=1000, **TOKENS
+        ),
+    ),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (
+        hf.GPTNeoXForCausalLM,
+        lambda: hf.GPTNeoXConfig(**ATTENTION, vocab_size=1024, **TOKENS),
+    ),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": (hf.BloomForCausalLM, bloom),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**DECODER)),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**DECODER)),
+    "peft-internal-testing/tiny-random-LlamaForCausalLM": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**DECODER)),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**DECODER)),
+    "peft-internal-testing/tiny-dummy-qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**DECODER)),
+    "Qwen/Qwen2-0.5B": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**DECODER)),
+    "trl-internal-testing/tiny-Qwen3ForCausalLM": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**DECODER, head_dim=4)),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (hf.Gemma3ForCausalLM, gemma3),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (hf.Llama4ForCausalLM, llama4),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        hf.GptOssForCausalLM,
+        lambda: hf.GptOssConfig(**DECODER, head_dim=4, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": (
+        hf.Qwen3MoeForCausalLM,
+        lambda: hf.Qwen3MoeConfig(**MOE, num_experts=4),
+    ),
+    "hf-internal-testing/tiny-qwen3-moe": (hf.Qwen3MoeForCausalLM, lambda: hf.Qwen3MoeConfig(**MOE, num_experts=4)),
+    "hf-internal-testing/Mixtral-tiny": (
+        hf.MixtralForCausalLM,
+        lambda: hf.MixtralConfig(**DECODER, num_local_experts=4),
+    ),
+    "tiiuae/falcon-mamba-tiny-dev": (hf.FalconMambaForCausalLM, mamba),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": (hf.NemotronHForCausalLM, nemotron),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (hf.T5ForConditionalGeneration, t5),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration": (hf.T5ForConditionalGeneration, t5),
+    "peft-internal-testing/tiny-random-t5": (hf.T5ForConditionalGeneration, t5),
+    "google/flan-t5-small": (hf.T5ForConditionalGeneration, t5),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (hf.BartForConditionalGeneration, bart),
+    "peft-internal-testing/tiny-random-BertModel": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
+    "hf-internal-testing/tiny-random-BertModel": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
+    "bert-base-uncased": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
+        hf.BertForSequenceClassification,
+        lambda: hf.BertConfig(**ENCODER),
+    ),
+    "peft-internal-testing/tiny-random-RobertaModel": (hf.RobertaModel, lambda: hf.RobertaConfig(**ENCODER)),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        hf.RobertaForSequenceClassification,
+        lambda: hf.RobertaConfig(**ENCODER),
+    ),
+    "peft-internal-testing/tiny-random-DebertaModel": (hf.DebertaModel, lambda: deberta(hf.DebertaConfig)),
+    "peft-internal-testing/tiny-random-DebertaV2Model": (hf.DebertaV2Model, lambda: deberta(hf.DebertaV2Config)),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        hf.LlamaForSequenceClassification,
+        lambda: hf.LlamaConfig(**DECODER),
+    ),
+    "peft-internal-testing/tiny-clip-text-2": (
+        hf.CLIPTextModelWithProjection,
+        lambda: hf.CLIPTextConfig(**clip_text()),
+    ),
+    "peft-internal-testing/tiny-LlavaForConditionalGeneration": (hf.LlavaForConditionalGeneration, llava),
+    "hf-internal-testing/tiny-random-LlavaForConditionalGeneration": (hf.LlavaForConditionalGeneration, llava),
+    "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration": (hf.Qwen2_5_VLForConditionalGeneration, qwen_vl),
+    "peft-internal-testing/tiny-random-ResNetForImageClassification": (hf.ResNetForImageClassification, resnet),
+}
+# Other revisions, with other weights.
+REVISIONS = {"peft-internal-testing/tiny-random-BertModel": ["v2.0.0"]}
+
+
+def snapshot(root: Path, repository: str, revision: str = "main") -> Path:
+    """The empty folder of a revision, where the hub's cache has it."""
+    folder = root / "hub" / f"models--{repository.replace('/', '--')}"
+    commit = hashlib.sha1(f"{repository}@{revision}".encode()).hexdigest()
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    return folder / "snapshots" / commit
+
+
+def build(root: Path) -> None:
+    """Make all repositories below a folder, which `HF_HOME` is then to name."""
+    for repository, (model_class, make_config) in MODELS.items():
+        for seed, revision in enumerate(["main", *REVISIONS.get(repository, [])]):
+            folder = snapshot(root, repository, revision)
+            torch.manual_seed(seed)
+            model_class(make_config()).save_pretrained(folder)
+            tokenizer().save_pretrained(folder)
+    (root / "complete").touch()
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

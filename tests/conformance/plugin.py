@@ -1,0 +1,159 @@
+"""A plugin of pytest: runs PEFT's tests with LoRA, or with SpikeLoRA in its place, and records what became of each.
+
+In LoRA's place means that `from peft import LoraConfig` gives PEFT's tests `SpikeLoraConfig`; PEFT itself, which takes
+its classes from elsewhere, is left as it is. One line of JSON is written for each test, see `_Recorder.outcome`.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import datasets
+import peft
+import pytest
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+
+from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
+from spikelora.gate import SpikeGate
+
+_LORA = (LoraConfig, SpikeLoraConfig)
+_QUOTES = [f"Quote {number}: be the change that you wish to see in the world." for number in range(32)]
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("conformance")
+    group.addoption("--method", choices=("lora", "spikelora"), required=True, help="what LoraConfig stands for")
+    group.addoption("--outcomes", type=Path, required=True, help="where to write the outcomes, as lines of JSON")
+    group.addoption("--cases", type=Path, help="run only the tests in this file, one name per line")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_Recorder(config), "conformance-recorder")
+    if config.option.method == "spikelora":
+        peft.LoraConfig, peft.LoraModel = SpikeLoraConfig, SpikeLoraModel
+    # PEFT's helper goes online for what it has not seen yet. It comes before the tests, which import it by name.
+    helpers = importlib.import_module("tests.testing_utils")
+    helpers.hub_online_once = lambda model_id: contextlib.nullcontext()
+    helpers.load_dataset_english_quotes = lambda: datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"quote": _QUOTES})
+    )
+
+
+def pytest_make_parametrize_id(val):
+    # The names of the tests are to be the same with either method.
+    return "LoraConfig" if val is SpikeLoraConfig else None
+
+
+def pytest_collection_modifyitems(config, items):
+    cases = config.option.cases and set(config.option.cases.read_text().splitlines())
+    chosen = [item for item in items if (item.nodeid in cases if cases else _may_be_lora(item))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def _may_be_lora(item: pytest.Item) -> bool:
+    """Whether no other method's configuration is what a test is parametrised with."""
+    methods = _methods(item)
+    return not methods or not methods.isdisjoint(_LORA)
+
+
+def _methods(item: pytest.Item) -> set[type[PeftConfig]]:
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    classes = (value if isinstance(value, type) else type(value) for value in values)
+    return {c for c in classes if issubclass(c, PeftConfig)}
+
+
+class _Recorder:
+    """Counts, for each test, configurations, adapters and gates, and keeps our errors."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.path: Path = config.option.outcomes
+        self.configs = self.adapters = self.gates = self.depth = 0
+        self.errors: list[str] = []
+        self.outcome: dict[str, Any] = {}
+        _after(LoraConfig, "__post_init__", self._made_config)
+        _after(SpikeGate, "__init__", self._made_gate)
+        _after(SpikeLoraError, "__init__", lambda error, *args: self.errors.append(str(error)))
+        for layer in _subclasses(LoraLayer):
+            if "update_layer" in vars(layer):
+                self._count_adapters(layer)
+
+    def _made_config(self, config: LoraConfig) -> None:
+        self.configs += type(config) in _LORA
+
+    def _made_gate(self, *args: Any, **kwargs: Any) -> None:
+        self.gates += 1
+
+    def _count_adapters(self, layer: type[LoraLayer]) -> None:
+        update_layer = layer.update_layer
+
+        @functools.wraps(update_layer)
+        def counting(*args, **kwargs):
+            self.depth += 1  # a layer may call the one that it inherits
+            try:
+                result = update_layer(*args, **kwargs)
+            finally:
+                self.depth -= 1
+            self.adapters += self.depth == 0
+            return result
+
+        layer.update_layer = counting
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.configs = not _methods(item).isdisjoint(_LORA)
+        self.adapters = self.gates = self.depth = 0
+        self.errors.clear()
+        self.outcome = {"test": item.nodeid, "outcome": "passed", "error": "", "refused": ""}
+        result = yield
+        counts = {"lora": bool(self.configs), "adapters": self.adapters, "gates": self.gates, "errors": self.errors}
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.outcome | counts) + "\n")
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if not report.passed:
+            self.outcome["outcome"] = report.outcome
+            error = call.excinfo.value if call.excinfo else None
+            self.outcome["error"] = f"{type(error).__name__}: {error}"[:1000]
+            self.outcome["where"] = _line(error, item.path)
+            self.outcome["refused"] = next((str(e) for e in _causes(error) if isinstance(e, SpikeLoraError)), "")
+        return report
+
+
+def _line(error: BaseException | None, path: Path) -> int:
+    """The last line of a file that an exception came through, 0 where there is none."""
+    frames = traceback.walk_tb(error.__traceback__ if error else None)
+    return max((line for frame, line in frames if Path(frame.f_code.co_filename) == path), default=0)
+
+
+def _after(owner: type, name: str, do: Any) -> None:
+    """Let a method of a class be followed by a function with its arguments."""
+    method = getattr(owner, name)
+
+    @functools.wraps(method)
+    def wrapped(self, *args, **kwargs):
+        method(self, *args, **kwargs)
+        do(self, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(subclass) for subclass in cls.__subclasses__()))
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An exception and what it was raised from, or while that was being handled."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
