@@ -23,8 +23,16 @@ format: $(READY)
 bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
 
-compatibility: $(READY)  ## what works and what is refused; writes docs/compatibility.md from the tests' outcomes
-	$(BIN)/python -m pytest -p tests.compatibility -m compatibility
+# hqq and torchao are set aside, as transformers and PEFT import them wherever they are installed, which takes seconds.
+QUANTISED := build/quantised
+COMPATIBILITY = PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest -W "ignore:.*script_method:DeprecationWarning"
+
+$(QUANTISED)/.ready: $(READY)
+	$(BIN)/python -m pip install --no-deps --target $(QUANTISED) einops==0.8.2 hqq==0.2.8.post1 termcolor==3.3.0 torchao==0.18.0
+	touch $@
+
+compatibility: $(QUANTISED)/.ready  ## what works and what is refused; writes docs/compatibility.md from the tests' outcomes
+	$(COMPATIBILITY) -p tests.compatibility -m compatibility
 
 wheel: $(READY)
 	$(BIN)/python -m build

@@ -24,7 +24,7 @@ from spikelora import (
     to_lora,
 )
 from spikelora.gate import SpikeGate
-from spikelora.tuner import Linear
+from spikelora.layers import Linear
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.randint(3, 100, (6, 4, 20), generator=GENERATOR)
@@ -273,15 +273,14 @@ class TestFromLora:
         several, merged = one(), one()
         several.add_adapter("other", LoraConfig(target_modules=["fc"]))
         merged.base_model.merge_adapter()
-        tokens = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
-        embedding = get_peft_model(tokens, LoraConfig(target_modules=["0", "1"]))
+        attention = get_peft_model(nn.ModuleDict({"0": nn.MultiheadAttention(4, 2)}), LoraConfig(target_modules=["0"]))
         encoder = get_peft_model(nn.TransformerEncoderLayer(8, 2, 16), LoraConfig(target_modules=["linear1"]))
         for model, message in (
             (One(), "This One has no LoRA adapter"),
             (one(SpikeLoraConfig), "has no LoRA adapter"),
             (several, "the adapters 'default', 'other'"),
             (merged, "merged into `fc`"),
-            (embedding, "`0` is a Embedding"),
+            (attention, "`0` is a MultiheadAttention"),
             (encoder, "`linear1` is read by its model"),
         ):
             before = fingerprint(model)

@@ -21,6 +21,7 @@ FLOORS = {
     "paths": 2,
     "sparsity": 2,
     "config": 2,
+    "layers": 3,
     "tuner": 3,
     "_registration": 3,
     "account": 4,
@@ -35,12 +36,14 @@ FLOORS = {
     "report_tables": 5,
     "__init__": 6,
 }
-# The registration names the classes that it registers; a configuration is loaded from an adapter's folder; the autograd
-# functions are made of a backend's products; the meter observes; conversions calibrate; a report is read, drawn and
-# written, and the command does all of that.
+# The registration names the classes that it registers, and the model makes its layers; a configuration is loaded from
+# an adapter's folder; the autograd functions are made of a backend's products; the meter observes; conversions
+# calibrate; a report is read, drawn and written, and the command does all of that.
 SAME_FLOOR = {
     ("sparsity", "observe"),
     ("_registration", "tuner"),
+    ("_registration", "layers"),
+    ("tuner", "layers"),
     ("config", "adapter_files"),
     ("convert", "adapt"),
     ("ops.linear", "ops.torch_backend"),

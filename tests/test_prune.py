@@ -13,7 +13,7 @@ from torch import nn
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, prune_ranks
 from spikelora.gate import SpikeGate
-from spikelora.tuner import Linear
+from spikelora.layers import Linear
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 BATCHES = [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}]

@@ -250,9 +250,6 @@ class TestRefused:
     @pytest.mark.parametrize(
         "module",
         [
-            nn.Embedding(5, 4),
-            nn.Conv1d(4, 4, 1),
-            nn.Conv2d(4, 4, 1),
             nn.MultiheadAttention(4, 2),
             nn.LayerNorm(4),
             nn.Bilinear(4, 4, 4),

@@ -9,7 +9,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import hotswap, register_peft_method
 
 from spikelora.config import SpikeLoraConfig
-from spikelora.tuner import Linear, SpikeLoraModel
+from spikelora.layers import SpikingLayer
+from spikelora.tuner import SpikeLoraModel
 
 _NAME = "SPIKELORA"
 
@@ -67,7 +68,7 @@ def _with_neurons(print_trainable_parameters):
         print_trainable_parameters(self)
         adapters: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for layer in self.modules():
-            if isinstance(layer, Linear):
+            if isinstance(layer, SpikingLayer):
                 for name in layer.lora_gate:
                     for symbol, value in layer.neuron(name).items():
                         adapters[name][symbol].append(value)

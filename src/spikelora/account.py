@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spikelora.errors import SpikeLoraError
+from spikelora.layers import SpikingLinear
 from spikelora.observe import gates
 from spikelora.sparsity import ModuleSparsity, SparsityReport
 
@@ -92,7 +93,7 @@ class Ledger(Costs):
 
     Attributes:
         modules: the modules that tokens reached.
-        left_out: keys of the modules that no token reached; they are in no sum.
+        left_out: keys of the modules that no token reached, and of those that are no linear layers; in no sum.
         tokens_per_pass: tokens for which the weights are read once.
         weight_pj: energy of reading one word of weights, in pJ.
         activation_pj: energy of reading or writing one word of activations, in pJ.
@@ -150,7 +151,9 @@ class Ledger(Costs):
         lines.append(f"Per token; {read}, activations at {self.activation_pj:g} pJ a word.")
         lines.append(self.verdict)
         if self.left_out:
-            lines.append(f"Left out, as no token reached them: {', '.join(self.left_out)}.")
+            lines.append(
+                f"Left out, as no token reached them or they are no linear layers: {', '.join(self.left_out)}."
+            )
         return "\n".join(lines)
 
 
@@ -213,7 +216,7 @@ def operations(
                 f"The report is of another model: this one has no adapter `{seen.adapter}` of rank "
                 f"{len(seen.firing_rates)} on `{seen.module}`. Measure it with `SparsityMeter(model)`."
             )
-        if seen.tokens:
+        if seen.tokens and isinstance(layer, SpikingLinear):
             counted = _count(layer.in_features, layer.out_features, seen, tokens_per_pass)
             costs: dict[str, Any] = {w: _with_energy(counts, weight_pj, activation_pj) for w, counts in counted.items()}
             modules[key] = ModuleCosts(
@@ -226,7 +229,9 @@ def operations(
                 firing_share=1 - seen.sparsity,
             )
     if not modules:
-        raise SpikeLoraError("The report has no token: run the model inside `with SparsityMeter(model) as meter:`.")
+        raise SpikeLoraError(
+            "The report has no token of a linear layer: run the model inside `with SparsityMeter(model) as meter:`."
+        )
     # Where several adapters share a module its base runs once.
     bases = {m.module: m.base for m in modules.values()}
     sums = {field.name: _sum(getattr(m, field.name) for m in modules.values()) for field in fields(Costs)}

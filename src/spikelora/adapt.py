@@ -75,9 +75,9 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
     A silent rank adds nothing to `lora_B(gated)`, so that on these data the outputs stay the same, but for rounding:
     `a` may come out different in its last bit, and fall on the other side of the threshold. The scaling stays, as
     `lora_alpha` becomes `lora_alpha * r' / r`, with rsLoRA `lora_alpha * sqrt(r' / r)`, for the rank `r'` that is
-    left. A module that is silent altogether keeps its first rank. The ranks and alphas are noted in the configuration,
-    as `rank_pattern` and `alpha_pattern`, so that the adapter can be saved and loaded. An optimiser that was made
-    before still has the old parameters.
+    left. A module that is silent altogether keeps its first rank, and a convolution with groups keeps all. The ranks
+    and alphas are noted in the configuration, as `rank_pattern` and `alpha_pattern`, so that the adapter can be saved
+    and loaded. An optimiser that was made before still has the old parameters.
 
     Args:
         model: a model with spiking adapters, as PEFT makes it; those that are active are pruned.
@@ -106,11 +106,12 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
             "`get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
         )
     warn_of_unreached(model, fired, "their ranks stay as they are")
-    kept = {gated: fires if fires.any() else torch.arange(len(fires)) == 0 for gated, fires in fired.items()}
+    kept = {gated: _kept(gated, fires) for gated, fires in fired.items()}
     pruned = {gated: _parts(gated, keep) for gated, keep in kept.items() if not keep.all()}
     # Nothing can fail any more.
     for gated, (A, B) in pruned.items():
-        _set_parts(gated, A, B)
+        layer: Any = gated.layer
+        layer.set_low_rank(gated.adapter, A, B)
     for adapter in {gated.adapter for gated in pruned}:
         layers = [gated.layer for gated in gates(model) if gated.adapter == adapter]
         configs[adapter] = _with_ranks(configs[adapter], layers, adapter)
@@ -181,26 +182,23 @@ def _by_module(values: Mapping[Gated, Any]) -> dict[str, Any]:
     return dict(zip(names(values), values.values(), strict=True))
 
 
+def _kept(gated: Gated, fires: Tensor) -> Tensor:
+    """Which ranks stay, `(r,)`."""
+    layer: Any = gated.layer
+    if layer.is_grouped:  # each group of the convolution has its own ranks, and as many as the others
+        return torch.ones_like(fires)
+    return fires if fires.any() else torch.arange(len(fires)) == 0
+
+
 def _parts(gated: Gated, keep: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     """A and B with the ranks to keep alone."""
     layer: Any = gated.layer
-    A, B = layer.lora_A[gated.adapter].weight, layer.lora_B[gated.adapter].weight
+    A, B = layer.low_rank(gated.adapter)
     keep = keep.to(A.device)
     return (
         nn.Parameter(A.detach()[keep], A.requires_grad),
         nn.Parameter(B.detach()[:, keep].contiguous(), B.requires_grad),
     )
-
-
-def _set_parts(gated: Gated, A: nn.Parameter, B: nn.Parameter) -> None:
-    layer: Any = gated.layer
-    adapter, r = gated.adapter, len(A)
-    lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
-    lora_A.weight, lora_A.out_features = A, r
-    lora_B.weight, lora_B.in_features = B, r
-    share = r / layer.r[adapter]
-    layer.lora_alpha[adapter] *= math.sqrt(share) if layer.use_rslora[adapter] else share
-    layer.r[adapter] = r
 
 
 def _with_ranks(config: Any, layers: list[Any], adapter: str) -> Any:
@@ -214,6 +212,6 @@ def _with_ranks(config: Any, layers: list[Any], adapter: str) -> Any:
         ("rank_pattern", "r", config.r),
         ("alpha_pattern", "lora_alpha", config.lora_alpha),
     ):
-        values = {f"^{re.escape(layer.kwargs['target_name'])}": getattr(layer, field)[adapter] for layer in layers}
+        values = {f"^{re.escape(layer.target_name)}": getattr(layer, field)[adapter] for layer in layers}
         setattr(config, pattern, {key: value for key, value in values.items() if value != default})
     return config

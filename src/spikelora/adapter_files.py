@@ -1,6 +1,6 @@
 """What a saved adapter has to hold, so that nothing loads but the adapter that was trained; and what its card says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,7 +15,8 @@ from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
 _REMEDY = "Load the adapter that training saved."
-_DOWN = ".lora_A.weight"
+# The names of A in a file, and those of the B that goes with it; a parameter of an embedding has no `weight`.
+_UP = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 
 _CARD_HEADING = "## SpikeLoRA"
 _CARD_TEXT = f"""{_CARD_HEADING}
@@ -65,15 +66,15 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     Args:
         tensors: by their names in the file, which are without the adapter's name, such as `fc1.lora_gate.tau`.
     """
-    modules = [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]
+    modules = low_rank_names(tensors)
     if not modules:
         raise SpikeLoraError(f"The adapter's file has no `lora_A` at all. {_REMEDY}")
-    for module in modules:
-        for part in ("lora_B.weight", "lora_gate.v_threshold", "lora_gate.tau"):
-            if f"{module}.{part}" not in tensors:
+    for module, (_, up) in modules.items():
+        for part in (up, f"{module}.lora_gate.v_threshold", f"{module}.lora_gate.tau"):
+            if part not in tensors:
                 raise SpikeLoraError(
-                    f"The adapter's file has no `{part}` for `{module}`: it was not saved by SpikeLoRA, or is damaged. "
-                    f"{_REMEDY}"
+                    f"The adapter's file has no `{part.removeprefix(f'{module}.')}` for `{module}`: it was not saved "
+                    f"by SpikeLoRA, or is damaged. {_REMEDY}"
                 )
         for symbol, lowest in (("v_threshold", -torch.inf), ("tau", MIN_TAU)):
             value = tensors[f"{module}.lora_gate.{symbol}"]
@@ -82,6 +83,16 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
                     f"`{symbol}` of `{module}` in the adapter's file is {value.tolist()}; a threshold is one finite "
                     f"number and tau is one above 1. {_REMEDY}"
                 )
+
+
+def low_rank_names(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The names of A and B in an adapter's file by their modules; B may be missing."""
+    return {
+        name.removesuffix(down): (name, name.removesuffix(down) + up)
+        for name in tensors
+        for down, up in _UP.items()
+        if name.endswith(down)
+    }
 
 
 def say_how_to_load(folder: Path) -> None:

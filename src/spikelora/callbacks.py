@@ -135,7 +135,7 @@ class SparsityCallback(TrainerCallback):
         for name in sorted(silent):
             module = report.modules[name]
             layer: Any = gated[module.module, module.adapter].layer
-            if module.tokens and not layer.lora_B[module.adapter].weight.any():
+            if module.tokens and not layer.low_rank(module.adapter)[1].any():
                 dead.append(name)
         if dead:
             self._warned.update(dead)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from spikelora.adapt import MAX_MISS, calibrate_thresholds, run, warn_of_unreached
 from spikelora.config import SpikeLoraConfig, check_target
 from spikelora.errors import SpikeLoraError
+from spikelora.layers import SpikingLayer, make_plain, make_spiking
 from spikelora.observe import Gated, gates
 from spikelora.sparsity import SparsityMeter, SparsityReport
-from spikelora.tuner import Linear, SpikeLoraModel, check_called, check_supported, make_spiking
+from spikelora.tuner import SpikeLoraModel, check_called, check_supported
 
 # A gate that always fires; a threshold has to be finite.
 _OPEN = torch.finfo(torch.float32).min
@@ -47,7 +47,7 @@ def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_spa
     calibration token reaches keeps an open gate, which is LoRA.
 
     Args:
-        model: a `PeftModel` with one plain LoRA adapter, on linear layers, not merged.
+        model: a `PeftModel` with one plain LoRA adapter, not merged.
         batches: the model's keyword arguments, batch by batch, attention masks among them; kept as a list, and
             used 3 to 17 times.
         target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
@@ -137,20 +137,23 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
             "`set_adapter`."
         )
     (adapter,) = model.active_adapters
+    for gated in gates(model):
+        _refuse_groups(gated.module, gated.layer)
     moments = {g: m for g, m in _second_moments(model, batches, "regressing").items() if g.adapter == adapter}
     warn_of_unreached(model, moments, "their update is 0 in the LoRA")
     state = model.state_dict()
+    keys = {parameter: name for name, parameter in model.named_parameters()}
     errors = {}
     for gated in gates(model):
         if gated.adapter != adapter:
             continue
-        B = _weight(gated, "lora_B")
+        parameter, B = _B(gated)
         if gated in moments:
             linear_B = (B.double() @ moments[gated].regression()).to(B.dtype)
             errors[gated.module] = _share(moments[gated].distance(B, linear_B), moments[gated].spiking(B))
         else:
             linear_B = torch.zeros_like(B)
-        state[f"base_model.model.{gated.module}.lora_B.{adapter}.weight"] = linear_B
+        state[keys[parameter]] = linear_B.view_as(parameter)
     tensors = get_peft_model_state_dict(model, state, adapter)
     return LoraApproximation(
         _lora_config(model, adapter),
@@ -217,7 +220,7 @@ def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], titl
     return sums
 
 
-def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, list[Any]]:
+def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]:
     """Name, spiking configuration and layers of the one LoRA adapter of a model, if it can be made to spike."""
     if not isinstance(model, PeftModel) or type(model.base_model) is not LoraModel:
         raise SpikeLoraError(
@@ -232,33 +235,32 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, list[Any]]:
     ((adapter, plain),) = model.peft_config.items()
     config = SpikeLoraConfig(**{f.name: copy.copy(getattr(plain, f.name)) for f in fields(LoraConfig) if f.init})
     base = model.base_model.model
-    layers: list[Any] = []
+    layers: dict[str, Any] = {}
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
             check_supported(layer, name, layer.get_base_layer())
             check_called(base, base.get_submodule(name.rpartition(".")[0]), name)
+            _refuse_groups(name, layer)
             if layer.merged:
                 raise SpikeLoraError(f"The adapter is merged into `{name}`: call `unmerge_adapter` before.")
-            layers.append(layer)
+            layers[name] = layer
     return adapter, config, layers
 
 
-def _open_gates(model: PeftModel, adapter: str, config: SpikeLoraConfig, layers: list[Any]) -> None:
+def _open_gates(model: PeftModel, adapter: str, config: SpikeLoraConfig, layers: dict[str, Any]) -> None:
     """Make the adapter a spiking one whose gates always fire, which computes the same."""
-    for layer in layers:
-        make_spiking(layer, adapter, config)
+    for name, layer in layers.items():
+        make_spiking(layer, adapter, config, name)
         layer.lora_gate[adapter].train(layer.training).v_threshold.data.fill_(_OPEN)
     model.base_model.__class__ = SpikeLoraModel
     model.peft_config[adapter] = config
     model.peft_type = config.peft_type
 
 
-def _restore_lora(model: PeftModel, adapter: str, config: LoraConfig, layers: list[Any]) -> None:
-    for layer in layers:
-        if isinstance(layer, Linear):
-            layer.__class__ = LoraLinear
-            layer.lora_variant.pop(adapter, None)
-            layer._modules.pop("lora_gate", None)
+def _restore_lora(model: PeftModel, adapter: str, config: LoraConfig, layers: dict[str, Any]) -> None:
+    for layer in layers.values():
+        if isinstance(layer, SpikingLayer):
+            make_plain(layer, adapter)
     model.base_model.__class__ = LoraModel
     model.peft_config[adapter] = config
     model.peft_type = config.peft_type
@@ -283,8 +285,10 @@ def _signs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Gated
 @torch.no_grad()
 def _flip(gated: Gated, signs: Tensor) -> None:
     """Turn the ranks with sign -1 round, in A and in B; a second time turns them back."""
-    _weight(gated, "lora_A").mul_(signs[:, None])
-    _weight(gated, "lora_B").mul_(signs)
+    layer: Any = gated.layer
+    A, B = layer.low_rank(gated.adapter)
+    A.mul_(signs.view(-1, *[1] * (A.dim() - 1)))
+    B.mul_(signs.view(-1, *[1] * (B.dim() - 2)))
 
 
 def _print_loss(moments: dict[Gated, _Moments], sparsity: SparsityReport) -> None:
@@ -292,7 +296,7 @@ def _print_loss(moments: dict[Gated, _Moments], sparsity: SparsityReport) -> Non
     print("What gating loses of the update, E|dLoRA - dSpike|^2 / E|dLoRA|^2 on the calibration data:")
     for gated, moment in moments.items():
         layer: Any = gated.layer
-        B = _weight(gated, "lora_B") * layer.scaling[gated.adapter]
+        B = _B(gated)[1] * layer.scaling[gated.adapter]
         lost, whole = moment.distance(B, B), moment.linear(B)
         lost_overall, whole_overall = lost_overall + lost, whole_overall + whole
         print(f"  {gated.module}: {_share(lost, whole):.4f} at sparsity {sparsity.modules[gated.module].sparsity:.4f}")
@@ -305,9 +309,19 @@ def _share(lost: float, whole: float) -> float:
     return lost / whole
 
 
-def _weight(gated: Gated, part: str) -> Tensor:
+def _B(gated: Gated) -> tuple[nn.Parameter, Tensor]:
+    """B as it is in the layer, and as a matrix `(out, r)`."""
     layer: Any = gated.layer
-    return getattr(layer, part)[gated.adapter].weight.detach()
+    _, B = layer.low_rank(gated.adapter)
+    return B, B.detach().flatten(1)  # a convolution's is a kernel of one position
+
+
+def _refuse_groups(name: str, layer: Any) -> None:
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        raise SpikeLoraError(
+            f"`{name}` is a convolution with groups, whose B is in blocks, and cannot be turned from LoRA to SpikeLoRA "
+            "or back: leave it out through `target_modules` or `exclude_modules` when the adapter is trained."
+        )
 
 
 def _lora_config(model: PeftModel, adapter: str) -> LoraConfig:

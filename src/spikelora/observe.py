@@ -72,8 +72,9 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
         # All from the start: a compiler would compile anew as the dict grows.
         seen: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = dict.fromkeys(layers, (None, None))
 
-        def note_mask(layer: nn.Module, args: tuple) -> None:
-            seen[layer] = (masks.of(args[0]) if args else None, _adapter_names(layer))
+        def note_mask(layer: Any, args: tuple) -> None:
+            tokens = layer.tokens(args[0]) if args else None
+            seen[layer] = (None if tokens is None else masks.of(tokens), _adapter_names(layer))
 
         @torch.compiler.disable
         @torch.no_grad()

@@ -59,7 +59,7 @@ def force_path(path: Path) -> Iterator[None]:
 
 
 def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
-    """The cheapest path that gives what the plain one gives, for one adapter of a `tuner.Linear` and an input."""
+    """The cheapest path that gives what the plain one gives, for one adapter of a `SpikingLinear` and an input."""
     choice = _cheapest(layer, adapter_name, x)
     if _forced is None or _forced is choice.path:
         return choice

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from spikelora.adapter_files import check_weights
+from spikelora.adapter_files import check_weights, low_rank_names
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 
@@ -135,10 +135,11 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = SpikeLoraConfig.from_pretrained(folder)
     tensors = check_weights(folder, needed=True)
-    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    modules = sorted((_module(name, tensors, config) for name in names), key=lambda module: natural(module.name))
+    names = low_rank_names(tensors)
+    modules = [_module(*item, tensors, config) for item in names.items()]
+    modules.sort(key=lambda module: natural(module.name))
     file = next(folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).exists())
-    low_rank = [tensor for name, tensor in tensors.items() if name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    low_rank = [tensors[name] for pair in names.values() for name in pair]
     return Adapter(
         folder=folder,
         config=config,
@@ -172,14 +173,18 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _module(name: str, tensors: Mapping[str, Tensor], config: SpikeLoraConfig) -> AdaptedModule:
+def _module(
+    name: str, low_rank: tuple[str, str], tensors: Mapping[str, Tensor], config: SpikeLoraConfig
+) -> AdaptedModule:
     module = name.removeprefix(_PREFIX)
-    a, b = (tensors[f"{name}.{part}.weight"].float() for part in ("lora_A", "lora_B"))
+    a, b = (tensors[part].float() for part in low_rank)
     r = a.shape[0]
     expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-    if r != expected or b.shape[-1] != r:
+    # A convolution's B may be in blocks, each with the ranks of one group.
+    fits = b.shape[1] == r or (b.dim() > 2 and r % b.shape[1] == 0)
+    if r != expected or not fits:
         raise SpikeLoraError(
-            f"`{module}` has the rank {r} in its `lora_A`, {b.shape[-1]} in its `lora_B` and {expected} in "
+            f"`{module}` has the rank {r} in its `lora_A`, {b.shape[1]} in its `lora_B` and {expected} in "
             f"{CONFIG_NAME} (`r`, `rank_pattern`); copy or save the adapter again."
         )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):

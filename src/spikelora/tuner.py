@@ -1,18 +1,11 @@
-"""SpikeLoRA as a tuner of PEFT: LoRA's layers with a gate, LoRA's model with its refusals.
+"""SpikeLoRA as a tuner of PEFT: LoRA's model with the layers of `layers`, and its refusals."""
 
-PEFT builds LoRA's layer for a target; the layer then takes the class of the same name here, whose only LoRA variant is
-the gated one. A type of layer that is not listed in `_SPIKING_LAYERS` is refused: it could run without its gate.
-"""
-
-import math
 import re
 import warnings
-from typing import Any, NoReturn
+from typing import Any
 
-from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import Linear as LoraLinear
+from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
@@ -22,119 +15,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
-from spikelora.gate import SpikeGate
-from spikelora.ops.linear import spike_branch, spike_linear
-from spikelora.paths import Choice, Path, choose, returns_private
-
-
-def _refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
-    raise SpikeLoraError(
-        "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight: its gate depends on the input. Serve "
-        "it unmerged, or make a mergeable LoRA of it with `to_lora(model, batches)`, which says how far that is off."
-    )
+from spikelora.layers import Embedding, has_spiking_type, make_spiking, refuse_merging
 
 
 class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
     """Raised where an adapter would adapt no module at all."""
 
-
-class SpikeLinearVariant(LoraVariant):
-    """The gated forward of a linear layer, in PEFT's terms a variant of LoRA's."""
-
-    @staticmethod
-    def init(module: "Linear", adapter_name: str, config: SpikeLoraConfig, **kwargs: Any) -> None:
-        if "lora_gate" not in module._modules:
-            module.lora_gate = nn.ModuleDict()
-        # Where the layer was built PEFT told it its name; EVA, which builds adapters anew, does not tell it again.
-        pattern = get_pattern_key(config.threshold_pattern.keys(), module.kwargs["target_name"])
-        v_threshold = config.threshold_pattern.get(pattern, config.v_threshold)
-        gate = SpikeGate(v_threshold, config.tau, config.surrogate_alpha, config.learn_threshold, config.learn_tau)
-        # A is where the adapter belongs by now. PEFT's own mover would also cast A and B of a trained LoRA.
-        module.lora_gate[adapter_name] = gate.to(module.lora_A[adapter_name].weight.device)
-
-    @staticmethod
-    def forward(module: "Linear", active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        adapter = choose(module, active_adapter, x).adapter
-        if adapter is not None:  # beside others, or for a part of the batch; the same as what follows, see `paths`
-            return spike_branch(result, x, adapter, returns_private(module.base_layer))
-        a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        gated = module.lora_gate[active_adapter](a)
-        return result + module.lora_B[active_adapter](gated) * module.scaling[active_adapter]
-
-    merge_safe = merge_unsafe = unmerge = staticmethod(_refuse_merging)
-
-
-class Linear(LoraLinear):
-    """LoRA's linear layer with a gate on each adapter, for `nn.Linear` and transformers' `Conv1D`.
-
-    `y = base(x) + scaling * lora_B(gated)` with `a = lora_A(dropout(x))` `(..., r)` and `gated = lora_gate(a)`: module
-    by module in `SpikeLinearVariant.forward`, or as one function with the same values, see `path`.
-    """
-
-    adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_gate")
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # PEFT's forward, which also serves disabled, several and mixed adapters, runs the base layer and copies x to
-        # the adapter's dtype before it asks the variant.
-        adapters = self.active_adapters
-        if args or kwargs or self.disable_adapters or len(adapters) != 1 or adapters[0] not in self.lora_gate:
-            return super().forward(x, *args, **kwargs)
-        choice = choose(self, adapters[0], x)
-        if choice.adapter is None:
-            return super().forward(x)
-        base = self.base_layer
-        if choice.path is Path.BRANCH:
-            return spike_branch(base(x), x, choice.adapter, returns_private(base))
-        weight = base.weight if type(base) is nn.Linear else base.weight.T  # as Conv1D stores it
-        return spike_linear(x, weight, base.bias, choice.adapter)
-
-    def path(self, x: Tensor) -> Choice:
-        """The path that `forward` takes for an input `x (..., in)`, and why."""
-        adapters = [name for name in self.active_adapters if name in self.lora_gate]
-        if self.disable_adapters or not adapters:
-            return Choice(Path.PLAIN, "no adapter is active here: the base layer runs alone")
-        choice = choose(self, adapters[0], x)
-        if len(self.active_adapters) > 1 and choice.path is Path.FUSED:
-            return choice._replace(path=Path.BRANCH, reason="several adapters are active")
-        return choice
-
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
-        if not isinstance(config, SpikeLoraConfig):
-            raise SpikeLoraError(
-                f"A spiking layer takes a SpikeLoraConfig, got a {type(config).__name__}; adapters of other methods go "
-                "on a model of their own."
-            )
-        return SpikeLinearVariant()
-
-    def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
-        super()._freeze_non_trainable_peft_weights(adapter_names)
-        for gate in self.lora_gate.values():
-            gate.freeze_fixed()
-
-    merge = get_delta_weight = _refuse_merging
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
-
-    def neuron(self, adapter_name: str) -> dict[str, float]:
-        """Rank, threshold and time constant of one adapter, by their symbols; no number while on the meta device."""
-        tensors = {"v_threshold": self.lora_gate[adapter_name].v_threshold, "tau": self.lora_gate[adapter_name].tau}
-        values = {symbol: math.nan if t.is_meta else t.detach().item() for symbol, t in tensors.items()}
-        return {"r": self.r[adapter_name], **values}
-
-    def extra_repr(self) -> str:
-        lines = []
-        for name, gate in self.lora_gate.items():
-            learned = {"v_threshold": gate.learn_threshold, "tau": gate.learn_tau}
-            values = (
-                f"{symbol}={value:g}" + (" (learned)" if learned.get(symbol) else "")
-                for symbol, value in self.neuron(name).items()
-            )
-            lines.append(f"{name}: {', '.join(values)}")
-        return "\n".join(lines)
-
-
-_SPIKING_LAYERS: dict[type[LoraLayer], type[Linear]] = {LoraLinear: Linear}
 
 # Modules whose weight transformers hands to a function of its own, by model type; PEFT knows only some of them.
 _READ_NOT_CALLED = (
@@ -153,8 +39,8 @@ class SpikeLoraModel(LoraModel):
     Takes what `LoraModel` takes.
 
     Raises:
-        SpikeLoraError: for a target that is no plain linear layer, for damaged adapter tensors, and for every attempt
-            to merge, weight or convert.
+        SpikeLoraError: for a target whose type of layer has no gate here, for damaged adapter tensors, and for every
+            attempt to merge, weight or convert.
     """
 
     @staticmethod
@@ -170,7 +56,9 @@ class SpikeLoraModel(LoraModel):
             raise _unsupported(kwargs["target_name"], target) from error
         check_supported(layer, kwargs["target_name"], target)
         lora_config.fan_in_fan_out = plain_config.fan_in_fan_out  # PEFT corrects it for each layer
-        make_spiking(layer, adapter_name, lora_config)
+        make_spiking(layer, adapter_name, lora_config, kwargs["target_name"])
+        if isinstance(layer, Embedding):
+            layer.reset_lora_parameters(adapter_name, lora_config.init_lora_weights)
         return layer
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -237,23 +125,16 @@ class SpikeLoraModel(LoraModel):
         return {key: value.float() if ".lora_gate." in key else value for key, value in state_dict.items()}
 
     def _check_merge_allowed(self) -> None:
-        _refuse_merging()
+        refuse_merging()
 
-    add_weighted_adapter = subtract_mutated_init = _refuse_merging
-    _convert_state_dict_for_initial_model = classmethod(_refuse_merging)
-
-
-def make_spiking(layer: Any, adapter_name: str, config: SpikeLoraConfig) -> None:
-    """Give a supported LoRA layer of PEFT the class of the same name here, and its adapter a gate."""
-    layer.__class__ = _SPIKING_LAYERS[type(layer)]
-    layer.lora_variant[adapter_name] = layer.resolve_lora_variant(config=config)
-    layer.lora_variant[adapter_name].init(layer, adapter_name, config)
+    add_weighted_adapter = subtract_mutated_init = refuse_merging
+    _convert_state_dict_for_initial_model = classmethod(refuse_merging)
 
 
 def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
     """Raise a `SpikeLoraError` where the layer that PEFT made for a target has no spiking counterpart."""
     # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
-    if type(layer) not in _SPIKING_LAYERS or isinstance(target, NonDynamicallyQuantizableLinear):
+    if not has_spiking_type(layer) or isinstance(target, NonDynamicallyQuantizableLinear):
         raise _unsupported(name, target)
 
 
@@ -271,8 +152,9 @@ def check_called(model: nn.Module, parent: nn.Module, name: str) -> None:
 def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:
     return SpikeLoraError(
         f"Target module `{name}` is a {type(target).__name__}, on which SpikeLoRA is not supported: it could run "
-        "without its gate. Supported are `torch.nn.Linear`, neither quantised nor parallel, and "
-        "`transformers.pytorch_utils.Conv1D`; leave the module out through `target_modules` or `exclude_modules`."
+        "without its gate. Supported are `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, transformers' "
+        "`Conv1D`, and linear layers quantised by bitsandbytes, GPTQ, HQQ, torchao or INC; leave the module out "
+        "through `target_modules` or `exclude_modules`."
     )
 
 
