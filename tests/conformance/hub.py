@@ -5,20 +5,31 @@ random, so a test that compares with known numbers fails with LoRA as well and i
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import peft
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from spikelora import SpikeLoraConfig
 
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 ATTENTION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
 DECODER = ATTENTION | TOKENS | {"num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 512}
 ENCODER = ATTENTION | {"vocab_size": 1124, "max_position_embeddings": 512}
 MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 4}
+# A model with as many tokens as the tokenizer, whose adapters add some.
+SMALL_VOCABULARY = "spikelora-internal-testing/tiny-random-OPTForCausalLM-small-vocab"
+OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
+BERT = "hf-internal-testing/tiny-random-BertModel"
+T5 = "peft-internal-testing/tiny-random-t5"
+WHISPER = "spikelora-internal-testing/tiny-random-WhisperForConditionalGeneration"
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -99,6 +110,39 @@ def llama4() -> hf.Llama4TextConfig:
     return hf.Llama4TextConfig(**DECODER | {"head_dim": 4, "intermediate_size_mlp": 32, "num_local_experts": 4})
 
 
+def stable_diffusion() -> diffusers.StableDiffusionPipeline:
+    """A pipeline without a safety checker."""
+    torch.manual_seed(0)
+    characters = pre_tokenizers.ByteLevel.alphabet()
+    tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    unet = diffusers.UNet2DConditionModel(
+        **blocks,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        sample_size=32,
+        cross_attention_dim=32,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[32, 64],
+        latent_channels=4,
+    )
+    return diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=hf.CLIPTextModel(hf.CLIPTextConfig(**clip_text(hidden_size=32))),
+        tokenizer=hf.CLIPTokenizer(vocab=vocabulary, merges=[]),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def resnet() -> hf.ResNetConfig:
     return hf.ResNetConfig(embedding_size=10, hidden_sizes=[10, 20, 30, 40], depths=[1, 1, 2, 1], num_labels=3)
 
@@ -109,7 +153,9 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     # The real one has 12 layers of width 768; two of them keep its widths and its names.
     "peft-internal-testing/opt-125m": (
         hf.OPTForCausalLM,
-        lambda: opt(hidden_size=768, word_embed_proj_dim=768, num_hidden_layers=2, num_attention_heads=12, ffn_dim=3072),
+        lambda: opt(
+            hidden_size=768, word_embed_proj_dim=768, num_hidden_layers=2, num_attention_heads=12, ffn_dim=3072
+        ),
     ),
     "peft-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, gpt2),
     "hf-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, gpt2),
@@ -117,9 +163,7 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "gpt2": (hf.GPT2LMHeadModel, gpt2),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (
         hf.GPTJForCausalLM,
-        lambda: hf.GPTJConfig(
-            n_embd=32, n_layer=5, n_head=4, n_positions=512, rotary_dim=4, vocab_size=1000, **TOKENS
-        ),
+        lambda: hf.GPTJConfig(n_embd=32, n_layer=5, n_head=4, n_positions=512, rotary_dim=4, vocab_size=1000, **TOKENS),
     ),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (
         hf.GPTNeoXForCausalLM,
@@ -157,6 +201,8 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (hf.BartForConditionalGeneration, bart),
     "peft-internal-testing/tiny-random-BertModel": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
     "hf-internal-testing/tiny-random-BertModel": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
+    SMALL_VOCABULARY: (hf.OPTForCausalLM, lambda: opt(vocab_size=len(tokenizer()))),
+    WHISPER: (hf.WhisperForConditionalGeneration, whisper),
     "bert-base-uncased": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         hf.BertForSequenceClassification,
@@ -182,8 +228,55 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration": (hf.Qwen2_5_VLForConditionalGeneration, qwen_vl),
     "peft-internal-testing/tiny-random-ResNetForImageClassification": (hf.ResNetForImageClassification, resnet),
 }
+IMAGES = {llava: {"height": 30, "width": 30}, resnet: {"height": 224, "width": 224}}
 # Other revisions, with other weights.
 REVISIONS = {"peft-internal-testing/tiny-random-BertModel": ["v2.0.0"]}
+# The repository's name, its revision, the model that it adapts, as what, and the options of its configuration.
+ADAPTERS: list[tuple[str, str, str, type, dict[str, Any]]] = [
+    ("tiny-OPTForCausalLM-lora", "main", OPT, hf.AutoModelForCausalLM, {"task_type": "CAUSAL_LM"}),
+    ("tiny-opt-lora-revision", "test", OPT, hf.AutoModelForCausalLM, {"task_type": "CAUSAL_LM"}),
+    ("tiny_T5ForSeq2SeqLM-lora", "main", T5, hf.AutoModelForSeq2SeqLM, {"task_type": "SEQ_2_SEQ_LM"}),
+    (
+        "tiny_OPTForSequenceClassification-lora",
+        "main",
+        OPT,
+        hf.AutoModelForSequenceClassification,
+        {"task_type": "SEQ_CLS"},
+    ),
+    (
+        "tiny_GPT2ForTokenClassification-lora",
+        "main",
+        "gpt2",
+        hf.AutoModelForTokenClassification,
+        {"task_type": "TOKEN_CLS"},
+    ),
+    ("tiny_OPTForQuestionAnswering-lora", "main", OPT, hf.AutoModelForQuestionAnswering, {"task_type": "QUESTION_ANS"}),
+    ("tiny_OPTForFeatureExtraction-lora", "main", OPT, hf.AutoModel, {"task_type": "FEATURE_EXTRACTION"}),
+    (
+        "tiny_WhisperForConditionalGeneration-lora",
+        "main",
+        WHISPER,
+        hf.WhisperForConditionalGeneration,
+        {"target_modules": ["q_proj", "v_proj"]},
+    ),
+    ("gpt2-lora-random", "main", "gpt2", hf.AutoModelForCausalLM, {"task_type": "CAUSAL_LM"}),
+    (
+        "opt-125m-dummy-lora",
+        "main",
+        "peft-internal-testing/opt-125m",
+        hf.AutoModelForCausalLM,
+        {"task_type": "CAUSAL_LM"},
+    ),
+    ("tiny-random-BertModel-lora", "v1.2.3", BERT, hf.AutoModelForCausalLM, {"task_type": "CAUSAL_LM"}),
+    (
+        "tiny-random-OPTForCausalLM-extended-vocab",
+        "main",
+        SMALL_VOCABULARY,
+        hf.AutoModelForCausalLM,
+        {"task_type": "CAUSAL_LM"},
+    ),
+    ("opt-tokenizer-revision", "my-revision", SMALL_VOCABULARY, hf.AutoModelForCausalLM, {"task_type": "CAUSAL_LM"}),
+]
 
 
 def snapshot(root: Path, repository: str, revision: str = "main") -> Path:
@@ -197,15 +290,33 @@ def snapshot(root: Path, repository: str, revision: str = "main") -> Path:
 
 
 def build(root: Path) -> None:
-    """Make all repositories below a folder, which `HF_HOME` is then to name."""
+    """Make all repositories below a folder, which is `HF_HOME`; adapters are those of `peft.LoraConfig`."""
     for repository, (model_class, make_config) in MODELS.items():
         for seed, revision in enumerate(["main", *REVISIONS.get(repository, [])]):
             folder = snapshot(root, repository, revision)
             torch.manual_seed(seed)
             model_class(make_config()).save_pretrained(folder)
             tokenizer().save_pretrained(folder)
-    (root / "complete").touch()
+            if make_config in IMAGES:
+                hf.CLIPImageProcessor(size=IMAGES[make_config], crop_size=IMAGES[make_config]).save_pretrained(folder)
+    stable_diffusion().save_pretrained(snapshot(root, "hf-internal-testing/tiny-sd-pipe"))
+    for name, revision, base, auto_class, options in ADAPTERS:
+        _adapter(root, f"peft-internal-testing/{name}", revision, base, auto_class, options)
+
+
+def _adapter(root: Path, repository: str, revision: str, base: str, auto_class: type, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, folder = auto_class.from_pretrained(base), snapshot(root, repository, revision)
+    if base == SMALL_VOCABULARY:
+        larger = tokenizer()
+        larger.add_tokens(["<one>", "<more>"])
+        larger.save_pretrained(folder)
+        model.resize_token_embeddings(len(larger))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options, init_lora_weights=False))
+    adapted.save_pretrained(folder, save_embedding_layers=base == SMALL_VOCABULARY)
 
 
 if __name__ == "__main__":
-    build(Path(sys.argv[1]))
+    if sys.argv[1] == "spikelora":
+        peft.LoraConfig = SpikeLoraConfig
+    build(Path(os.environ["HF_HOME"]))

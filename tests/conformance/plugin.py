@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import peft
+import PIL.Image
 import pytest
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
@@ -42,6 +43,7 @@ def pytest_configure(config):
     helpers.load_dataset_english_quotes = lambda: datasets.DatasetDict(
         train=datasets.Dataset.from_dict({"quote": _QUOTES})
     )
+    helpers.load_cat_image = lambda: PIL.Image.effect_noise((64, 64), 64).convert("RGB")
 
 
 def pytest_make_parametrize_id(val):

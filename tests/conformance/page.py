@@ -1,0 +1,64 @@
+"""The result as tables in a terminal, and as a page."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .judge import VERDICTS, Verdicts
+from .rules import EXCLUSIONS, REFUSALS
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
+PACKAGES = ("torch", "transformers", "diffusers")
+HEAD = """# PEFT's own tests
+
+Made by `make conformance`: the tests of PEFT {peft} that use a `LoraConfig` and pass with LoRA on CPU cores, run with
+SpikeLoRA in its place, with {packages}. Models that they would download are random ones made for the run.
+
+Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail. A
+test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
+had a gate; there were {gates:,}.
+"""
+
+
+def show(verdicts: Verdicts, console: Console) -> None:
+    """Print the verdicts by file, the refusals and each failure."""
+    for title, head, rows in _tables(verdicts):
+        table = Table(*head, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for test, why in verdicts.failures.items():
+        console.print(f"failed: {test}\n    {why}", soft_wrap=True)
+
+
+def write(verdicts: Verdicts) -> None:
+    """Write the page."""
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    counts = {verdict: verdicts.total[verdict] for verdict in VERDICTS}
+    numbers = counts | {"total": verdicts.total.total(), "gates": verdicts.gates}
+    lines = [HEAD.format(peft=version("peft"), packages=packages, **numbers)]
+    for title, head, rows in _tables(verdicts):
+        lines += [f"## {title}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _tables(verdicts: Verdicts) -> list[tuple[str, list[str], list[list[str]]]]:
+    files = [(Path(file).name, counts) for file, counts in sorted(verdicts.by_file.items())]
+    by_file = [
+        [name, f"{counts.total():,}", *(f"{counts[verdict]:,}" for verdict in VERDICTS)]
+        for name, counts in [*files, ("all", verdicts.total)]
+    ]
+    refusals = [[reason, f"{verdicts.refusals[reason]:,}"] for reason in REFUSALS if reason in verdicts.refusals]
+    exclusions = [
+        [f"`{pattern}`", f"{verdicts.exclusions[pattern]:,}", reason]
+        for pattern, reason in EXCLUSIONS.items()
+        if pattern in verdicts.exclusions
+    ]
+    return [
+        ("By file", ["file", "total", *VERDICTS], by_file),
+        ("Refused by design", ["reason", "tests"], refusals),
+        ("Excluded", ["tests", "number", "reason"], exclusions),
+    ]
