@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench compatibility wheel clean
+.PHONY: finetune test quality format bench compatibility conformance wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -33,6 +33,9 @@ $(QUANTISED)/.ready: $(READY)
 
 compatibility: $(QUANTISED)/.ready  ## what works and what is refused; writes docs/compatibility.md from the tests' outcomes
 	$(COMPATIBILITY) -p tests.compatibility -m compatibility
+
+conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
+	$(BIN)/python -m tests.conformance $(ARGS)
 
 wheel: $(READY)
 	$(BIN)/python -m build

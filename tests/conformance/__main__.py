@@ -39,12 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _prepare()
         files = options.only or _files()
-        with_lora, with_spikelora = [], []
-        for number, file in enumerate(files, 1):
-            console.print(f"{number}/{len(files)} {file}", soft_wrap=True)
-            outcomes = _lora(file)
-            with_lora += outcomes
-            with_spikelora += _spikelora(file, [outcome["test"] for outcome in outcomes if is_case(outcome)])
+        console.print(f"LoRA: {len(files)} files")
+        with_lora = _lora(files)
+        cases = [outcome["test"] for outcome in with_lora if is_case(outcome)]
+        console.print(f"SpikeLoRA: {len(cases):,} tests")
+        with_spikelora = _spikelora(files, cases)
     except ConformanceError as error:
         print(f"Nothing was compared: {error}", file=sys.stderr)
         return 1
@@ -101,54 +100,53 @@ def _files() -> list[str]:
     return [path.stem for path in sorted(PEFT.glob("tests/test_*.py")) if "LoraConfig" in path.read_text()]
 
 
-def _lora(file: str) -> list[Outcome]:
-    """The outcomes of a file's tests with LoRA, which are kept for the same versions."""
-    path = CACHE / "lora" / _digest() / f"{file}.jsonl"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _pytest(file, "lora", path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-    return _read(path)
+def _lora(files: list[str]) -> list[Outcome]:
+    """The outcomes with LoRA, which are kept for each file as long as nothing changes that they depend on."""
+    kept = CACHE / f"lora-{_digest()}"
+    missing = [file for file in files if not (kept / f"{file}.jsonl").exists()]
+    if missing:
+        kept.mkdir(exist_ok=True)
+        outcomes = _pytest(missing, "lora")
+        for file in missing:
+            own = [outcome for outcome in outcomes if outcome["test"].startswith(f"tests/{file}.py::")]
+            (kept / f"{file}.jsonl").write_text("".join(json.dumps(outcome) + "\n" for outcome in own))
+    return [outcome for file in files for outcome in _read(kept / f"{file}.jsonl")]
 
 
-def _spikelora(file: str, cases: list[str]) -> list[Outcome]:
-    path = CACHE / "spikelora" / f"{file}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".cases").write_text("\n".join(cases))
-    if cases:
-        _pytest(file, "spikelora", path, f"--cases={path.with_suffix('.cases')}")
-    return _read(path) if cases else []
+def _spikelora(files: list[str], cases: list[str]) -> list[Outcome]:
+    chosen = CACHE / "cases.txt"
+    chosen.write_text("\n".join(cases))
+    return _pytest(files, "spikelora", f"--cases={chosen}") if cases else []
 
 
 def _digest() -> str:
     """Changes with what the outcomes with LoRA depend on."""
-    versions = [version(package) for package in ("peft", "torch", "transformers", "diffusers")]
+    versions = [version(package) for package in ("peft", "torch", "transformers")]
     files = [(HERE / name).read_text() for name in ("hub.py", "plugin.py", "requirements.txt")]
     return hashlib.sha256("\n".join([*versions, *files]).encode()).hexdigest()[:16]
 
 
-def _pytest(file: str, method: str, outcomes: Path, *more: str) -> None:
-    """Run a file of PEFT's tests; what pytest says lies beside the outcomes."""
-    outcomes.unlink(missing_ok=True)
-    log = outcomes.with_suffix(".log")
+def _pytest(files: list[str], method: str, *more: str) -> list[Outcome]:
+    """The outcomes of PEFT's tests in some files; what pytest says lies in a log beside them."""
+    outcomes, log = CACHE / f"{method}.jsonl", CACHE / f"{method}.log"
+    outcomes.write_text("")
     # PEFT's own options need a plugin; its warnings as errors are about transformers. Tracebacks of the other styles
     # take most of the time.
     own = ("-o", "addopts=", "-o", "filterwarnings=default", "--rootdir=.", "-c", "pyproject.toml")
     ours = ("-p", "conformance.plugin", f"--method={method}", f"--outcomes={outcomes}", *more)
-    usual = ("-q", "--tb=native", "--timeout=300", "-p", "no:cacheprovider")
+    usual = ("-v", "--tb=native", "--timeout=300", "-p", "no:cacheprovider")
     with log.open("w") as output:
         status = subprocess.run(
-            [sys.executable, "-m", "pytest", f"tests/{file}.py", *own, *ours, *usual],
+            [sys.executable, "-m", "pytest", *(f"tests/{file}.py" for file in files), *own, *ours, *usual],
             cwd=PEFT,
             env=ENVIRONMENT | {"HF_HOME": str(HUB / method)},
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
         ).returncode
-    if status == 5:  # no test was selected
-        outcomes.touch()
-    elif status > 1:
-        raise ConformanceError(f"pytest ended with {status} in {file}, see {log}.")
+    if status not in (0, 1, 5):  # all passed, some failed, none was selected
+        raise ConformanceError(f"pytest ended with {status}, see {log}.")
+    return _read(outcomes)
 
 
 def _read(path: Path) -> list[Outcome]:

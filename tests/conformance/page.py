@@ -10,11 +10,11 @@ from .judge import VERDICTS, Verdicts
 from .rules import EXCLUSIONS, REFUSALS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
-PACKAGES = ("torch", "transformers", "diffusers")
+PACKAGES = ("torch", "transformers")
 HEAD = """# PEFT's own tests
 
 Made by `make conformance`: the tests of PEFT {peft} that use a `LoraConfig` and pass with LoRA on CPU cores, run with
-SpikeLoRA in its place, with {packages}. Models that they would download are random ones made for the run.
+SpikeLoRA in its place, on {packages}. Models that they would download are random ones made for the run.
 
 Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail. A
 test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
