@@ -17,13 +17,11 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from spikelora import SpikeLoraConfig
-
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-ATTENTION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
-DECODER = ATTENTION | TOKENS | {"num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 512}
+ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+DECODER = ATTENTION | TOKENS | {"num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}
 ENCODER = ATTENTION | {"vocab_size": 1124, "max_position_embeddings": 512}
-MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 4}
+MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 8}
 # A model with as many tokens as the tokenizer, whose adapters add some.
 SMALL_VOCABULARY = "spikelora-internal-testing/tiny-random-OPTForCausalLM-small-vocab"
 OPT = "peft-internal-testing/tiny-random-OPTForCausalLM"
@@ -76,8 +74,8 @@ def llava() -> hf.LlavaConfig:
 
 
 def qwen_vl() -> hf.Qwen2_5_VLConfig:
-    vision = {"depth": 2, "hidden_size": 16, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 16}
-    rope = {"rope_type": "default", "mrope_section": [1, 1], "type": "default"}
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 32}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "type": "default"}
     return hf.Qwen2_5_VLConfig(text_config=DECODER | {"rope_parameters": rope}, vision_config=vision)
 
 
@@ -102,12 +100,12 @@ def mamba() -> hf.FalconMambaConfig:
 
 def nemotron() -> hf.NemotronHConfig:
     mamba = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 2, "chunk_size": 16}
-    small = DECODER | {"num_hidden_layers": 3, "head_dim": 4}
+    small = DECODER | {"num_hidden_layers": 3, "head_dim": 8}
     return hf.NemotronHConfig(**small, **mamba, layers_block_type=["mamba", "attention", "moe"])
 
 
 def llama4() -> hf.Llama4TextConfig:
-    return hf.Llama4TextConfig(**DECODER | {"head_dim": 4, "intermediate_size_mlp": 32, "num_local_experts": 4})
+    return hf.Llama4TextConfig(**DECODER | {"head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 4})
 
 
 def stable_diffusion() -> diffusers.StableDiffusionPipeline:
@@ -134,7 +132,7 @@ def stable_diffusion() -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         vae=vae,
         text_encoder=hf.CLIPTextModel(hf.CLIPTextConfig(**clip_text(hidden_size=32))),
-        tokenizer=hf.CLIPTokenizer(vocab=vocabulary, merges=[]),
+        tokenizer=hf.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
         unet=unet,
         scheduler=diffusers.PNDMScheduler(skip_prk_steps=True),
         safety_checker=None,
@@ -150,13 +148,8 @@ def resnet() -> hf.ResNetConfig:
 # The repository's name, the class of its model and what makes its configuration.
 MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConfig]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (hf.OPTForCausalLM, opt),
-    # The real one has 12 layers of width 768; two of them keep its widths and its names.
-    "peft-internal-testing/opt-125m": (
-        hf.OPTForCausalLM,
-        lambda: opt(
-            hidden_size=768, word_embed_proj_dim=768, num_hidden_layers=2, num_attention_heads=12, ffn_dim=3072
-        ),
-    ),
+    # Some tests know its sizes.
+    "peft-internal-testing/opt-125m": (hf.OPTForCausalLM, hf.OPTConfig),
     "peft-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, gpt2),
     "hf-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, gpt2),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (hf.GPT2LMHeadModel, gpt2),
@@ -176,12 +169,12 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "hf-internal-testing/tiny-random-MistralForCausalLM": (hf.MistralForCausalLM, lambda: hf.MistralConfig(**DECODER)),
     "peft-internal-testing/tiny-dummy-qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**DECODER)),
     "Qwen/Qwen2-0.5B": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**DECODER)),
-    "trl-internal-testing/tiny-Qwen3ForCausalLM": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**DECODER, head_dim=4)),
+    "trl-internal-testing/tiny-Qwen3ForCausalLM": (hf.Qwen3ForCausalLM, lambda: hf.Qwen3Config(**DECODER, head_dim=8)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (hf.Gemma3ForCausalLM, gemma3),
     "trl-internal-testing/tiny-Llama4ForCausalLM": (hf.Llama4ForCausalLM, llama4),
     "trl-internal-testing/tiny-GptOssForCausalLM": (
         hf.GptOssForCausalLM,
-        lambda: hf.GptOssConfig(**DECODER, head_dim=4, num_local_experts=4, num_experts_per_tok=2),
+        lambda: hf.GptOssConfig(**DECODER, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
     ),
     "trl-internal-testing/tiny-Qwen3MoeForCausalLM": (
         hf.Qwen3MoeForCausalLM,
@@ -199,11 +192,11 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "peft-internal-testing/tiny-random-t5": (hf.T5ForConditionalGeneration, t5),
     "google/flan-t5-small": (hf.T5ForConditionalGeneration, t5),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (hf.BartForConditionalGeneration, bart),
-    "peft-internal-testing/tiny-random-BertModel": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
-    "hf-internal-testing/tiny-random-BertModel": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
+    "peft-internal-testing/tiny-random-BertModel": (hf.BertForMaskedLM, lambda: hf.BertConfig(**ENCODER)),
+    "hf-internal-testing/tiny-random-BertModel": (hf.BertForMaskedLM, lambda: hf.BertConfig(**ENCODER)),
     SMALL_VOCABULARY: (hf.OPTForCausalLM, lambda: opt(vocab_size=len(tokenizer()))),
     WHISPER: (hf.WhisperForConditionalGeneration, whisper),
-    "bert-base-uncased": (hf.BertModel, lambda: hf.BertConfig(**ENCODER)),
+    "bert-base-uncased": (hf.BertForMaskedLM, lambda: hf.BertConfig(**ENCODER)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         hf.BertForSequenceClassification,
         lambda: hf.BertConfig(**ENCODER),
@@ -228,7 +221,6 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration": (hf.Qwen2_5_VLForConditionalGeneration, qwen_vl),
     "peft-internal-testing/tiny-random-ResNetForImageClassification": (hf.ResNetForImageClassification, resnet),
 }
-IMAGES = {llava: {"height": 30, "width": 30}, resnet: {"height": 224, "width": 224}}
 # Other revisions, with other weights.
 REVISIONS = {"peft-internal-testing/tiny-random-BertModel": ["v2.0.0"]}
 # The repository's name, its revision, the model that it adapts, as what, and the options of its configuration.
@@ -297,8 +289,8 @@ def build(root: Path) -> None:
             torch.manual_seed(seed)
             model_class(make_config()).save_pretrained(folder)
             tokenizer().save_pretrained(folder)
-            if make_config in IMAGES:
-                hf.CLIPImageProcessor(size=IMAGES[make_config], crop_size=IMAGES[make_config]).save_pretrained(folder)
+            if make_config is resnet:
+                hf.CLIPImageProcessor().save_pretrained(folder)
     stable_diffusion().save_pretrained(snapshot(root, "hf-internal-testing/tiny-sd-pipe"))
     for name, revision, base, auto_class, options in ADAPTERS:
         _adapter(root, f"peft-internal-testing/{name}", revision, base, auto_class, options)
@@ -318,5 +310,7 @@ def _adapter(root: Path, repository: str, revision: str, base: str, auto_class: 
 
 if __name__ == "__main__":
     if sys.argv[1] == "spikelora":
+        from spikelora import SpikeLoraConfig
+
         peft.LoraConfig = SpikeLoraConfig
     build(Path(os.environ["HF_HOME"]))

@@ -44,8 +44,8 @@ def judge(with_lora: Iterable[Outcome], with_spikelora: Iterable[Outcome]) -> Ve
         if patterns and verdict == "failed":
             verdict = "excluded"
             verdicts.exclusions[patterns[0]] += 1
-        elif patterns:
-            verdict, why = "failed", f"{verdict}, but it is excluded by {patterns[0]!r}"
+        elif patterns and verdict == "passed":
+            verdict, why = "failed", f"it passes, but is excluded by {patterns[0]!r}"
         if verdict == "refused":
             verdicts.refusals[why] += 1
         elif verdict == "failed":

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import peft
 import PIL.Image
 import pytest
 import transformers
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, auto
 from peft.tuners.lora import LoraLayer
+from peft.utils import save_and_load
 
-from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
-from spikelora.gate import SpikeGate
-
-_LORA = (LoraConfig, SpikeLoraConfig)
+# What stands for LoRA in a test's parameters and in its body.
+_lora: set[type[PeftConfig]] = {LoraConfig}
 _QUOTES = [f"Quote {number}: be the change that you wish to see in the world." for number in range(32)]
 
 
@@ -35,9 +35,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(_Recorder(config), "conformance-recorder")
+    recorder = _Recorder(config.option.outcomes)
+    config.pluginmanager.register(recorder, "conformance-recorder")
     if config.option.method == "spikelora":
-        peft.LoraConfig, peft.LoraModel = SpikeLoraConfig, SpikeLoraModel
+        recorder.substitute()
+    # Offline, PEFT does not look at all.
+    auto.check_file_exists_on_hf_hub = save_and_load.check_file_exists_on_hf_hub = _is_there
     # PEFT's helper goes online for what it has not seen yet. It comes before the tests, which import it by name.
     helpers = importlib.import_module("tests.testing_utils")
     helpers.hub_online_once = lambda model_id: contextlib.nullcontext()
@@ -47,9 +50,13 @@ def pytest_configure(config):
     helpers.load_cat_image = lambda: PIL.Image.effect_noise((64, 64), 64).convert("RGB")
 
 
+def _is_there(repo_id: str, filename: str, revision: str | None = None, **kwargs: Any) -> bool:
+    return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision), str)
+
+
 def pytest_make_parametrize_id(val):
     # The names of the tests are to be the same with either method.
-    return "LoraConfig" if val is SpikeLoraConfig else None
+    return "LoraConfig" if isinstance(val, type) and val in _lora else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -62,7 +69,7 @@ def pytest_collection_modifyitems(config, items):
 def _may_be_lora(item: pytest.Item) -> bool:
     """Whether no other method's configuration is what a test is parametrised with."""
     methods = _methods(item)
-    return not methods or not methods.isdisjoint(_LORA)
+    return not methods or not methods.isdisjoint(_lora)
 
 
 def _methods(item: pytest.Item) -> set[type[PeftConfig]]:
@@ -74,20 +81,30 @@ def _methods(item: pytest.Item) -> set[type[PeftConfig]]:
 class _Recorder:
     """Counts, for each test, configurations, adapters and gates, and keeps our errors."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.path: Path = config.option.outcomes
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.configs = self.adapters = self.gates = self.depth = 0
         self.errors: list[str] = []
+        self.refusal: tuple[type[Exception], ...] = ()
         self.outcome: dict[str, Any] = {}
         _after(LoraConfig, "__post_init__", self._made_config)
-        _after(SpikeGate, "__init__", self._made_gate)
-        _after(SpikeLoraError, "__init__", lambda error, *args: self.errors.append(str(error)))
         for layer in _subclasses(LoraLayer):
             if "update_layer" in vars(layer):
                 self._count_adapters(layer)
 
+    def substitute(self) -> None:
+        """Put SpikeLoRA in LoRA's place; the package is not even imported where LoRA keeps it."""
+        import spikelora
+        from spikelora.gate import SpikeGate
+
+        peft.LoraConfig, peft.LoraModel = spikelora.SpikeLoraConfig, spikelora.SpikeLoraModel
+        _lora.add(spikelora.SpikeLoraConfig)
+        self.refusal = (spikelora.SpikeLoraError,)
+        _after(SpikeGate, "__init__", self._made_gate)
+        _after(spikelora.SpikeLoraError, "__init__", lambda error, *args: self.errors.append(str(error)))
+
     def _made_config(self, config: LoraConfig) -> None:
-        self.configs += type(config) in _LORA
+        self.configs += type(config) in _lora
 
     def _made_gate(self, *args: Any, **kwargs: Any) -> None:
         self.gates += 1
@@ -109,7 +126,7 @@ class _Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.configs = not _methods(item).isdisjoint(_LORA)
+        self.configs = not _methods(item).isdisjoint(_lora)
         self.adapters = self.gates = self.depth = 0
         self.errors.clear()
         transformers.set_seed(0)  # most tests leave the weights to chance, and a gate that stays silent with it
@@ -128,7 +145,7 @@ class _Recorder:
             error = call.excinfo.value if call.excinfo else None
             self.outcome["error"] = f"{type(error).__name__}: {error}"[:1000]
             self.outcome["where"] = _line(error, item.path)
-            self.outcome["refused"] = next((str(e) for e in _causes(error) if isinstance(e, SpikeLoraError)), "")
+            self.outcome["refused"] = next((str(e) for e in _causes(error) if isinstance(e, self.refusal)), "")
         return report
 
 
