@@ -21,6 +21,7 @@ class Verdicts:
     refusals: Counter[str] = field(default_factory=Counter)
     exclusions: Counter[str] = field(default_factory=Counter)  # by pattern
     failures: dict[str, str] = field(default_factory=dict)  # by test, why
+    without_counterpart: list[str] = field(default_factory=list)  # not counted, see `_has_counterpart`
     gates: int = 0  # made in tests that passed
 
     @property
@@ -39,6 +40,9 @@ def judge(with_lora: Iterable[Outcome], with_spikelora: Iterable[Outcome]) -> Ve
     verdicts = Verdicts()
     for lora in filter(is_case, with_lora):
         test = lora["test"]
+        if not _has_counterpart(ended.get(test)):
+            verdicts.without_counterpart.append(test)
+            continue
         verdict, why = _verdict(lora, ended.get(test))
         patterns = [pattern for pattern in EXCLUSIONS if _matches(test, pattern)]
         if patterns and verdict == "failed":
@@ -62,6 +66,11 @@ def stale(verdicts: Verdicts) -> list[str]:
         *(f"no test is refused for: {reason}" for reason in REFUSALS if reason not in verdicts.refusals),
         *(f"no test needs the exclusion {pattern!r}" for pattern in EXCLUSIONS if pattern not in verdicts.exclusions),
     ]
+
+
+def _has_counterpart(spike: Outcome | None) -> bool:
+    """Whether a test asks for SpikeLoRA at all; some have PEFT turn another method's adapter into plain LoRA."""
+    return spike is None or spike["lora"] or bool(spike["errors"])
 
 
 def _verdict(lora: Outcome, spike: Outcome | None) -> tuple[str, str]:

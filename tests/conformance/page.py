@@ -18,7 +18,8 @@ SpikeLoRA in its place, on {packages}. Models that they would download are rando
 
 Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail. A
 test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
-had a gate; there were {gates:,}.
+had a gate; there were {gates:,}. {plain:,} more tests have no counterpart, as PEFT itself makes the LoRA in them, of
+another method's adapter.
 """
 
 
@@ -38,6 +39,7 @@ def write(verdicts: Verdicts) -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     counts = {verdict: verdicts.total[verdict] for verdict in VERDICTS}
     numbers = counts | {"total": verdicts.total.total(), "gates": verdicts.gates}
+    numbers |= {"plain": len(verdicts.without_counterpart)}
     lines = [HEAD.format(peft=version("peft"), packages=packages, **numbers)]
     for title, head, rows in _tables(verdicts):
         lines += [f"## {title}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

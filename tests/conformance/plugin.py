@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftConfig, auto
 from peft.tuners.lora import LoraLayer
 from peft.utils import save_and_load
 
-# What stands for LoRA in a test's parameters and in its body.
+# What stands for LoRA, in a test's parameters and in its body.
 _lora: set[type[PeftConfig]] = {LoraConfig}
 _QUOTES = [f"Quote {number}: be the change that you wish to see in the world." for number in range(32)]
 
@@ -98,6 +98,7 @@ class _Recorder:
         from spikelora.gate import SpikeGate
 
         peft.LoraConfig, peft.LoraModel = spikelora.SpikeLoraConfig, spikelora.SpikeLoraModel
+        _lora.clear()  # a LoraConfig that is still made comes from PEFT itself
         _lora.add(spikelora.SpikeLoraConfig)
         self.refusal = (spikelora.SpikeLoraError,)
         _after(SpikeGate, "__init__", self._made_gate)
