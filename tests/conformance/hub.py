@@ -19,7 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-DECODER = ATTENTION | TOKENS | {"num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}
+# Larger weights than usual: the tests assert that an adapter on two small layers changes the output.
+DECODER = (
+    ATTENTION
+    | TOKENS
+    | {"initializer_range": 0.1, "num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}
+)
 ENCODER = ATTENTION | {"vocab_size": 1124, "max_position_embeddings": 512}
 MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 8}
 # A model with as many tokens as the tokenizer, whose adapters add some.
@@ -156,7 +161,16 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "gpt2": (hf.GPT2LMHeadModel, gpt2),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (
         hf.GPTJForCausalLM,
-        lambda: hf.GPTJConfig(n_embd=32, n_layer=5, n_head=4, n_positions=512, rotary_dim=4, vocab_size=1000, **TOKENS),
+        lambda: hf.GPTJConfig(
+            n_embd=32,
+            n_layer=5,
+            n_head=4,
+            n_positions=512,
+            rotary_dim=4,
+            initializer_range=0.1,
+            vocab_size=1000,
+            **TOKENS,
+        ),
     ),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (
         hf.GPTNeoXForCausalLM,
@@ -192,11 +206,11 @@ MODELS: dict[str, tuple[type[hf.PreTrainedModel], Callable[[], hf.PreTrainedConf
     "peft-internal-testing/tiny-random-t5": (hf.T5ForConditionalGeneration, t5),
     "google/flan-t5-small": (hf.T5ForConditionalGeneration, t5),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (hf.BartForConditionalGeneration, bart),
-    "peft-internal-testing/tiny-random-BertModel": (hf.BertForMaskedLM, lambda: hf.BertConfig(**ENCODER)),
-    "hf-internal-testing/tiny-random-BertModel": (hf.BertForMaskedLM, lambda: hf.BertConfig(**ENCODER)),
+    "peft-internal-testing/tiny-random-BertModel": (hf.BertForPreTraining, lambda: hf.BertConfig(**ENCODER)),
+    "hf-internal-testing/tiny-random-BertModel": (hf.BertForPreTraining, lambda: hf.BertConfig(**ENCODER)),
     SMALL_VOCABULARY: (hf.OPTForCausalLM, lambda: opt(vocab_size=len(tokenizer()))),
     WHISPER: (hf.WhisperForConditionalGeneration, whisper),
-    "bert-base-uncased": (hf.BertForMaskedLM, lambda: hf.BertConfig(**ENCODER)),
+    "bert-base-uncased": (hf.BertForPreTraining, lambda: hf.BertConfig(**ENCODER)),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (
         hf.BertForSequenceClassification,
         lambda: hf.BertConfig(**ENCODER),

@@ -51,7 +51,10 @@ def pytest_configure(config):
 
 
 def _is_there(repo_id: str, filename: str, revision: str | None = None, **kwargs: Any) -> bool:
-    return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision), str)
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision), str)
+    except huggingface_hub.errors.HFValidationError:  # a folder
+        return False
 
 
 def pytest_make_parametrize_id(val):
