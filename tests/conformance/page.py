@@ -1,5 +1,6 @@
 """The result as tables in a terminal, and as a page."""
 
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,17 +20,20 @@ SpikeLoRA in its place, on {packages}. Models that they would download are rando
 Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail. A
 test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
 had a gate; there were {gates:,}. {plain:,} more tests have no counterpart, as PEFT itself makes the LoRA in them, of
-another method's adapter.
+another method's adapter. The exclusions name their tests in
+[rules.py](../tests/conformance/rules.py); one that no test needs fails the run.
 """
 
 
 def show(verdicts: Verdicts, console: Console) -> None:
-    """Print the verdicts by file, the refusals and each failure."""
+    """Print the verdicts by file, the refusals and exclusions, the tests that are not counted and each failure."""
     for title, head, rows in _tables(verdicts):
         table = Table(*head, title=title, title_justify="left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    for test in verdicts.without_counterpart:
+        console.print(f"without a counterpart: {test}", soft_wrap=True)
     for test, why in verdicts.failures.items():
         console.print(f"failed: {test}\n    {why}", soft_wrap=True)
 
@@ -54,13 +58,11 @@ def _tables(verdicts: Verdicts) -> list[tuple[str, list[str], list[list[str]]]]:
         for name, counts in [*files, ("all", verdicts.total)]
     ]
     refusals = [[reason, f"{verdicts.refusals[reason]:,}"] for reason in REFUSALS if reason in verdicts.refusals]
-    exclusions = [
-        [f"`{pattern}`", f"{verdicts.exclusions[pattern]:,}", reason]
-        for pattern, reason in EXCLUSIONS.items()
-        if pattern in verdicts.exclusions
-    ]
+    exclusions: Counter[str] = Counter()
+    for pattern, number in verdicts.exclusions.items():
+        exclusions[EXCLUSIONS[pattern]] += number
     return [
         ("By file", ["file", "total", *VERDICTS], by_file),
         ("Refused by design", ["reason", "tests"], refusals),
-        ("Excluded", ["tests", "number", "reason"], exclusions),
+        ("Excluded", ["the test", "tests"], [[reason, f"{number:,}"] for reason, number in exclusions.most_common()]),
     ]

@@ -65,7 +65,6 @@ EXCLUSIONS: dict[str, str] = {
     "test_lora_variants.py::*::test_unregistered_variant_raises_error": _BY_TYPE,
     "test_lora_variants.py::*::test_unsorted_variant_keys_raises_error": _BY_TYPE,
     "test_initialization.py::*::test_hotswap_different_peft_types_raises": _NAMES,
-    "test_initialization.py::*::test_hotswap_wrong_peft_types_raises": _NAMES,
     "test_initialization.py::*::test_modules_to_save_targets_lora_layer_raises": _NAMES,
     "test_initialization.py::*::test_trainable_token_indices_targets_lora_layer_raises": _NAMES,
     "test_other.py::*::test_targeting_trainable_tokens_raises": _NAMES,
@@ -91,6 +90,9 @@ EXCLUSIONS: dict[str, str] = {
         "PEFT refuses, by a TypeError: the layers say that they cannot be converted"
     ),
     "*::test_generate_with_mixed_adapter_batches[LoraConfig-config_kwargs1*]": _TIMES_TEN,
+    "test_low_level_api.py::*::test_inject_from_state_dict_missing_keys_warning": (
+        "deletes a module's A and B from a state dict by name, and its gate stays there"
+    ),
     "test_custom_models.py::*::test_disable_adapters[Conv2d Groups2 LoRA-*]": _SILENT,
     "test_custom_models.py::*::test_safe_merge[Vanilla MLP 1 LoRA with MiCA-*]": _SILENT,
     "test_trainable_tokens.py::*::test_multiple_adapters_overlapping_token_indices_merging[<lambda>]": (
