@@ -1,15 +1,17 @@
 # Two commands for newcomers: `make finetune` and `make test`. Each sets up .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
+# One process for each core, each of one thread; a file's tests stay together, as they share what is slow to make.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench compatibility conformance wheel clean
+.PHONY: finetune test quality format bench compatibility versions conformance wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 quality: $(READY)  ## lint, formatting, types
 	$(BIN)/ruff check .
@@ -25,14 +27,25 @@ bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/result
 
 # hqq and torchao are set aside, as transformers and PEFT import them wherever they are installed, which takes seconds.
 QUANTISED := build/quantised
-COMPATIBILITY = PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest -W "ignore:.*script_method:DeprecationWarning"
+OLDEST := build/oldest
 
 $(QUANTISED)/.ready: $(READY)
 	$(BIN)/python -m pip install --no-deps --target $(QUANTISED) einops==0.8.2 hqq==0.2.8.post1 termcolor==3.3.0 torchao==0.18.0
 	touch $@
 
 compatibility: $(QUANTISED)/.ready  ## what works and what is refused; writes docs/compatibility.md from the tests' outcomes
-	$(COMPATIBILITY) -p tests.compatibility -m compatibility
+	PYTHONPATH=$(QUANTISED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.compatibility -m compatibility \
+		-W "ignore:.*script_method:DeprecationWarning"
+
+# transformers 5.17 needs a huggingface_hub below 2, and that an older client of HTTP.
+$(OLDEST)/.ready: $(READY)
+	$(BIN)/python -m pip install --no-deps --target $(OLDEST) peft==0.21.0 transformers==5.17.0 huggingface_hub==1.33.0 \
+		certifi==2026.10.19.post1 httpcore==1.0.9 httpx==0.28.1
+	touch $@
+
+versions: $(OLDEST)/.ready  ## all tests with the newest and the oldest PEFT and transformers; writes docs/versions.json
+	$(TEST) -p tests.compatibility
+	PYTHONPATH=$(OLDEST) $(TEST) -p tests.compatibility
 
 conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
 	$(BIN)/python -m tests.conformance $(ARGS)

@@ -1,28 +1,28 @@
-"""A plugin of pytest that writes `docs/compatibility.md` from the outcomes of the tests, see `make compatibility`.
+"""A plugin of pytest that writes `docs/compatibility.md`, see `make compatibility`.
 
 A test that carries `@pytest.mark.compatibility(area, feature)` says that the feature works; with `refused=reason` that
-it raises, and why. Skipped, it says that the feature was not tested, for the reason it was skipped for.
+it raises, and why. Skipped, it says that the feature was not tested, for the reason it was skipped for. A run of all
+tests notes the versions that it was made with, in `docs/versions.json`, for the same page.
 """
 
+import json
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, RUNS = DOCS / "compatibility.md", DOCS / "versions.json"
 PACKAGES = ("torch", "peft", "transformers", "trl", "accelerate")
 HEAD = "# Compatibility\n\nMade by `make compatibility` from the outcomes of the tests, on CPU cores, with {}."
 
 _areas: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-_failed: list[str] = []
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.failed:
-        _failed.append(item.nodeid)
     if report.skipped or (report.when == "call" and report.passed):
         for marker in item.iter_markers("compatibility"):
             area, feature = marker.args
@@ -35,16 +35,31 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def pytest_sessionfinish(session):
-    if _failed or not _areas:
-        return  # a page of failing tests would be wrong
-    lines = [HEAD.format(", ".join(f"{name} {version(name)}" for name in PACKAGES))]
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    if exitstatus:
+        terminalreporter.write_line(f"{DOCS.name} is left as it is, as not every test passed")
+    elif config.option.markexpr:
+        PAGE.write_text(page())
+        terminalreporter.write_line(f"{PAGE} is written")
+    elif not config.option.keyword and config.args_source is not config.ArgsSource.ARGS:
+        runs = json.loads(RUNS.read_text()) if RUNS.exists() else {}
+        counts = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in ("passed", "skipped")}
+        runs[versions()] = counts
+        RUNS.write_text(json.dumps(runs, indent=2) + "\n")
+        terminalreporter.write_line(f"{RUNS} is written")
+
+
+def page() -> str:
+    lines = [HEAD.format(versions())]
     for area, features in sorted(_areas.items()):
         lines += [f"\n## {area}\n", "| | |", "|---|---|"]
         lines += [f"| {feature} | {'; '.join(sorted(statuses))} |" for feature, statuses in sorted(features.items())]
-    PAGE.write_text("\n".join(lines) + "\n")
+    lines += ["\n## Versions\n", "All tests were run with", "", "| | passed | skipped |", "|---|---|---|"]
+    for names, counts in json.loads(RUNS.read_text()).items():
+        lines.append(f"| {names} | {counts['passed']:,} | {counts['skipped']} |")
+    lines.append("\nAn import beside others than `pyproject.toml` names ends in an error that says which to install.")
+    return "\n".join(lines) + "\n"
 
 
-def pytest_terminal_summary(terminalreporter):
-    failed = f"{PAGE.name} was left as it is, as {len(_failed)} tests failed"
-    terminalreporter.write_line(failed if _failed else f"{PAGE} was written")
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from spikelora import SpikeLoraConfig
 
@@ -39,6 +39,21 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    """A two-layer LLaMA, with gated MLPs, shared keys and values and an untied head; the same weights on every call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **TOKENS,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def spiking(base: nn.Module, **options) -> PeftModel:
     """The base with adapters that do something, as PEFT starts with B = 0; by default rank 4 on all linear layers."""
     torch.manual_seed(0)
@@ -48,6 +63,13 @@ def spiking(base: nn.Module, **options) -> PeftModel:
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
     return model
+
+
+def enable_checkpointing(model: nn.Module, use_reentrant: bool) -> None:
+    """By its name in transformers 5.23, or by that in 5.17."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_a_module_without_tokens_is_left_out_and_named(model):
     assert math.isnan(report.modules["idle"].sparsity)
     assert list(ledger.modules) == ["up"]
     assert ledger.left_out == ("idle",)
-    assert str(ledger).splitlines()[-1] == "Left out, as no token reached them: idle."
+    assert str(ledger).splitlines()[-1] == "Left out, as no token reached them or they are no linear layers: idle."
 
 
 def test_the_total_is_the_sum_over_modules():
@@ -217,7 +217,7 @@ def test_a_report_of_another_model_is_refused(model, other):
 
 
 def test_a_report_without_tokens_is_refused(model):
-    with pytest.raises(SpikeLoraError, match="The report has no token: run the model"):
+    with pytest.raises(SpikeLoraError, match="The report has no token of a linear layer: run the model"):
         operations(model, SparsityMeter(model).report())
 
 

@@ -16,6 +16,7 @@ from peft.tuners.lora import (
 from safetensors.torch import save_file
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.adapter_files import say_how_to_load
 
 NOT_FINITE = [math.nan, math.inf, -math.inf, 1e300, True, "0.1", None]
 NEURON = {
@@ -173,20 +174,6 @@ def test_load_from_a_subfolder(tmp_path):
     assert SpikeLoraConfig.from_pretrained(str(tmp_path), subfolder="inner").v_threshold == 0.7
 
 
-def test_model_card_says_how_to_load_once(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("---\nlibrary_name: peft\ntags:\n- mine\n---\n\n# My adapter\n")
-
-    SpikeLoraConfig().save_pretrained(tmp_path)
-    once = card.read_text()
-    SpikeLoraConfig().save_pretrained(tmp_path)
-
-    assert "# My adapter" in once
-    assert "\nimport spikelora" in once
-    assert "tags:\n- lora\n- mine\n- spikelora\n" in once
-    assert card.read_text() == once
-
-
 def test_load_an_adapter_of_another_method(tmp_path):
     LoraConfig().save_pretrained(tmp_path)
 
@@ -237,14 +224,7 @@ def test_load_beside_damaged_weights(tmp_path, damage, inference_mode):
 def test_load_a_saved_adapter_without_its_weights(tmp_path):
     SpikeLoraConfig(inference_mode=True).save_pretrained(tmp_path)
 
-    with pytest.raises(SpikeLoraError, match=f"^{tmp_path} holds the configuration of a saved adapter but neither"):
-        SpikeLoraConfig.from_pretrained(tmp_path)
-
-    torch.save(WHOLE, tmp_path / "adapter_model.bin")
-    assert SpikeLoraConfig.from_pretrained(tmp_path).inference_mode
-
-    (tmp_path / "adapter_model.bin").write_bytes(b"x" * 100)
-    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is damaged"):
+    with pytest.raises(SpikeLoraError, match=f"^{tmp_path} holds the configuration of a saved adapter but no adapter_"):
         SpikeLoraConfig.from_pretrained(tmp_path)
 
 
@@ -285,41 +265,14 @@ def test_without_neuron():
     assert plain.peft_type == "LORA"
 
 
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_load_beside_weights_that_cannot_be_read(tmp_path):
     SpikeLoraConfig().save_pretrained(tmp_path)
-    torch.save(WHOLE | {"x": Touch(tmp_path / "ran")}, tmp_path / "adapter_model.bin")
-    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is damaged"):
-        SpikeLoraConfig.from_pretrained(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("keep", [0, 0.5], ids=["empty", "cut short"])
-def test_load_beside_a_damaged_pickle(tmp_path, keep):
-    SpikeLoraConfig().save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.bin"
-    torch.save(WHOLE, file)
-    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(SpikeLoraError, match=f"^{file} is damaged"):
-        SpikeLoraConfig.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_load_beside_weights_that_cannot_be_read(tmp_path, name):
-    SpikeLoraConfig().save_pretrained(tmp_path)
-    (tmp_path / name).mkdir()
-    with pytest.raises(SpikeLoraError, match=f"^{tmp_path / name} is damaged"):
+    (tmp_path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(SpikeLoraError, match=rf"^{tmp_path}/adapter_model\.safetensors is damaged"):
         SpikeLoraConfig.from_pretrained(tmp_path)
 
 
 def test_model_card_without_tags(tmp_path):
     (tmp_path / "README.md").write_text("# My adapter\n")
-    SpikeLoraConfig().save_pretrained(tmp_path)
+    say_how_to_load(tmp_path)
     assert "tags:\n- lora\n- spikelora\n" in (tmp_path / "README.md").read_text()

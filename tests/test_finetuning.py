@@ -225,6 +225,16 @@ def test_an_instruction_run(tmp_path):
     assert "### Answer:\n >>> " in result.stdout
 
 
+@pytest.mark.compatibility("Layers", "the example with `--quantize 4bit`")
+def test_a_run_on_a_quantised_base(script, tmp_path):
+    result = run(*SMALL, "--max_steps=6", "--quantize=4bit", f"--output_dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 0.02
+    base = script["load_base"](script["parse_options"](["--quantize=4bit"]))
+    assert base.model.decoder.layers[0].fc1.weight.dtype == torch.uint8
+
+
 def test_a_run_that_diverges_leaves_no_adapter(tmp_path):
     result = run(*SMALL, "--max_steps=3", "--learning_rate=1e30", f"--output_dir={tmp_path}")
     assert result.returncode == 1
@@ -274,6 +284,11 @@ class TestBadInput:
         with pytest.raises((SystemExit, script["SpikeLoraError"])) as raised:
             script["main"]()
         return str(raised.value) + capsys.readouterr().err
+
+    def test_a_quantised_base_without_the_library(self, script, monkeypatch, capsys, tmp_path):
+        monkeypatch.setitem(script["main"].__globals__, "find_spec", lambda name: None)
+        message = self.refused(script, monkeypatch, capsys, "--quantize=8bit", f"--output_dir={tmp_path}")
+        assert "--quantize 8bit needs bitsandbytes: pip install bitsandbytes" in message
 
     @pytest.mark.parametrize(
         ("flag", "named"),
@@ -380,9 +395,14 @@ def test_only_what_a_finished_run_left_is_cleared(script, tmp_path):
 
 def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path):
     class Saved:
-        def save_pretrained(self, folder):
+        model = None
+
+        def save_model(self, folder):
             for name in script["ADAPTER_FILES"]:
                 (folder / name).touch()
+
+        def save_pretrained(self, folder):
+            pass
 
     moved = []
     monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: "")

@@ -16,18 +16,23 @@ FLOORS = {
     "ops.torch_backend": 0,
     "ops.triton_backend": 0,
     "gate": 1,
+    "_versions": 2,
     "adapter_files": 2,
     "observe": 2,
     "paths": 2,
     "sparsity": 2,
     "config": 2,
+    "config_file": 3,
+    "read_not_called": 3,
     "layers": 3,
+    "loading": 3,
     "tuner": 3,
     "_registration": 3,
     "account": 4,
     "adapt": 4,
     "callbacks": 4,
     "convert": 4,
+    "integrations": 4,
     "cli": 5,
     "calibration_text": 5,
     "report": 5,
@@ -36,14 +41,18 @@ FLOORS = {
     "report_tables": 5,
     "__init__": 6,
 }
-# The registration names the classes that it registers, and the model makes its layers; a configuration is loaded from
-# an adapter's folder; the autograd functions are made of a backend's products; the meter observes; conversions
-# calibrate; a report is read, drawn and written, and the command does all of that.
+# The registration names the classes and guards that it registers, and the model makes its layers and loads what fits
+# them; a configuration is loaded from an adapter's folder; the autograd functions are made of a backend's products; the
+# meter observes; conversions calibrate; a report is read, drawn and written, and the command does all of that.
 SAME_FLOOR = {
     ("sparsity", "observe"),
     ("_registration", "tuner"),
     ("_registration", "layers"),
+    ("_registration", "loading"),
     ("tuner", "layers"),
+    ("tuner", "read_not_called"),
+    ("_registration", "config_file"),
+    ("tuner", "loading"),
     ("config", "adapter_files"),
     ("convert", "adapt"),
     ("ops.linear", "ops.torch_backend"),

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import spiking
+from conftest import spiking, tiny_opt
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -267,3 +267,31 @@ def test_a_convolution_takes_an_input_without_a_batch():
     x = LAYERS["nn.Conv1d"][1]
     layer = with_other_b(adapted("nn.Conv1d")).base_model.model.layer
     torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.compatibility("Many adapters", "`ensure_weight_tying` with an embedding as a target")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_a_tied_head_shares_the_embedding_s_matrices_turned_round(tmp_path):
+    ids = torch.arange(3, 31).view(2, 14)
+    options = {"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    model = get_peft_model(tiny_opt(), SpikeLoraConfig(**options))
+    (A, B), (head_A, head_B) = (
+        layer.low_rank("default")
+        for layer in (model.base_model.model.model.decoder.embed_tokens, model.base_model.model.lm_head)
+    )
+    assert torch.equal(model(ids).logits, tiny_opt()(ids).logits)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
+    assert A.any()
+    assert B.any()
+    assert torch.equal(head_A, B.T)
+    assert torch.equal(head_B, A.T)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tiny_opt(), tmp_path)(ids).logits, model(ids).logits)

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from conftest import spiking, tiny_gpt2, tiny_opt
+from conftest import enable_checkpointing, spiking, tiny_gpt2, tiny_opt
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
@@ -332,7 +332,7 @@ class TestModel:
         model = spiking(make_base(), v_threshold=0.03, lora_dropout=0.2).train()
         expected = model_results(model, path)
         model.enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        enable_checkpointing(model, use_reentrant)
         assert_same(model_results(model, path), expected, rtol=0, atol=0)
 
     @dynamo_warns

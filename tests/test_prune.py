@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_opt
+from conftest import spiking, tiny_opt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -212,3 +212,8 @@ def test_models_without_spiking_adapters_or_configurations():
         prune_ranks(get_peft_model(Stack(), LoraConfig(target_modules=["fc"])), [{"x": X}])
     with pytest.raises(SpikeLoraError, match="no `peft_config`"):
         prune_ranks(nn.Sequential(by_hand().base_model.model.fc), [{"input": X}])
+
+
+def test_tied_layers_keep_their_ranks(opt):
+    model = spiking(opt, target_modules=["embed_tokens"], ensure_weight_tying=True, v_threshold=1e30)
+    assert set(prune_ranks(model, [{"input_ids": torch.arange(3, 17).view(2, 7)}]).values()) == {0}

@@ -1,6 +1,7 @@
 """Linear layers that are quantised: trained for real where the library runs on a CPU, dispatched to elsewhere."""
 
 import importlib
+import pathlib
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -8,17 +9,20 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 from conftest import spiking, tiny_opt
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraModel, gptq
 from peft.tuners.lora import model as peft_lora
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from trl import SFTConfig, SFTTrainer
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, layers
 from spikelora.paths import Path
 
 NEVER, ALWAYS = 1e30, -1e30
+TOKENIZER = pathlib.Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
 TOKENS = torch.arange(3, 31).view(2, 14)
 
 
@@ -110,6 +114,37 @@ class TestTrainedForReal:
         model.eval().save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(quantised(folder, make_config), tmp_path).eval()
         assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.compatibility("Trainers", "TRL's SFTTrainer on a 4-bit base, learned neurons")
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_learned_neurons_stay_float32_in_trl(folder, tmp_path):
+    """TRL casts all that is trained on a quantised base to bfloat16 when its trainer is made."""
+    rows = Dataset.from_dict({"input_ids": TOKENS.tolist() * 4})
+    arguments = SFTConfig(
+        output_dir=tmp_path,
+        max_steps=3,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        learning_rate=1e-2,
+        gradient_checkpointing=False,
+    )
+    config = SpikeLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", learn_threshold=True)
+    base = quantised(folder, four_bit)
+    trainer = SFTTrainer(
+        base,
+        arguments,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(TOKENIZER),
+        peft_config=config,
+    )
+    layer = trainer.model.base_model.model.model.decoder.layers[0].fc1
+    gate, A = layer.lora_gate["default"], layer.lora_A["default"].weight
+    assert A.dtype == torch.bfloat16
+    trainer.train()
+    assert gate.v_threshold.dtype == torch.float32
+    assert gate.v_threshold.item() not in (pytest.approx(0.1, abs=1e-6), torch.tensor(0.1).bfloat16().item())
 
 
 class Small(nn.Module):
@@ -240,3 +275,15 @@ def test_layers_that_never_ask_for_the_gate_are_refused(monkeypatch, module, nam
 def test_the_dispatchers_are_those_that_peft_asks():
     asked = LoraModel._create_new_module.__code__.co_names
     assert {dispatcher for _, _, dispatcher in UNGATED.values()} | {"dispatch_gptq", "dispatch_inc"} <= set(asked)
+
+
+def test_a_disabled_adapter_on_gptq_in_a_mixed_batch(monkeypatch):
+    class Base(nn.Linear):
+        pass
+
+    layer = spiking(Small(Base(16, 8)), target_modules=["layer"]).base_model.model.layer
+    layer.__class__ = layers.GPTQLoraLinear
+    layer.quant_linear_module = layer.base_layer
+    layer.enable_adapters(False)
+    x = torch.ones(2, 16)
+    assert torch.equal(layer(x, adapter_names=["default", "__base__"]), layer.base_layer(x))

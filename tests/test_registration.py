@@ -1,6 +1,7 @@
 import copy
 import importlib.metadata
 import pickle
+import re
 import subprocess
 import sys
 
@@ -15,10 +16,13 @@ from peft.mapping import (
 )
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import hotswap
+from transformers.integrations.peft import PeftAdapterMixin
+from transformers.trainer_callback import CallbackHandler
 
 import spikelora
-from spikelora import SpikeLoraConfig, SpikeLoraModel
+from spikelora import SpikeLoraConfig, SpikeLoraModel, _versions
 from spikelora._registration import register
+from spikelora.integrations import guard_trainers
 
 
 def run(code):
@@ -37,7 +41,9 @@ print(*{name for name in set(sys.modules) - before if not name.startswith("spike
 print("spikelora.ops.triton_backend" in sys.modules)
 """
     brought, kernels = run(code).splitlines()
-    assert set(brought.split()) <= {"peft.utils.hotswap"}
+    # The callbacks' base classes and what they import; transformers' Trainer, which is heavy, is not among them.
+    of_transformers = {"debug_utils", "trainer_callback", "trainer_pt_utils", "trainer_utils", "training_args"}
+    assert set(brought.split()) <= {"peft.utils.hotswap", *(f"transformers.{name}" for name in of_transformers)}
     assert kernels == "False"
 
 
@@ -208,3 +214,44 @@ def test_mixed_models_refuse_the_config(opt):
     with pytest.raises(ValueError, match="'SPIKELORA' is not compatible with"):
         mixed.add_adapter("spiking", config)
     assert not any("spiking" in name for name, _ in opt.named_parameters())
+
+
+@pytest.mark.parametrize("requirement", ["peft<0.21,>=0.20", "transformers>=99"])
+def test_an_unsupported_version_is_an_error_that_says_which_to_install(requirement, monkeypatch):
+    supported = ["peft<0.22,>=0.21", "transformers<6,>=5.17", "torch>=2.9", "pandas>=99; extra == 'dev'"]
+    monkeypatch.setattr(_versions, "requires", lambda name: supported)
+    _versions.check()
+    monkeypatch.setattr(_versions, "requires", lambda name: [*supported, requirement])
+    with pytest.raises(ImportError, match=re.escape(f"spikelora needs another one: pip install '{requirement}'")):
+        _versions.check()
+
+
+def test_the_versions_are_looked_at_before_peft_is_imported():
+    code = """
+import importlib.metadata, sys
+importlib.metadata.requires = lambda name: ["peft<0.1"]
+try:
+    import spikelora
+except ImportError as error:
+    print(error)
+print("peft" in sys.modules)
+"""
+    message, _, imported = run(code).splitlines()
+    assert message.startswith("peft<0.1 is required")
+    assert imported == "False"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (CallbackHandler, "on_init_end"),
+        (PeftAdapterMixin, "load_adapter"),
+        (peft.utils.hotswap, "hotswap_adapter_from_state_dict"),
+        (peft.PeftModel, "create_or_update_model_card"),
+        (peft.PeftModel, "_upload_modified_files"),
+    ],
+)
+def test_what_is_wrapped_is_wrapped_once(owner, name):
+    register()
+    guard_trainers()
+    assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__")

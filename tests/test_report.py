@@ -129,8 +129,8 @@ def set_tensor(folder, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("lora_B.weight", lambda b: b * torch.nan, rf"`{FC1}` holds values that are no finite numbers.*learning rate"),
-        ("lora_B.weight", lambda b: b[:, :3].clone(), rf"`{FC1}` has the rank 4 in its `lora_A`, 3 in its `lora_B`"),
+        ("lora_B.weight", lambda b: b * torch.nan, rf"{FC1}\.lora_B.*no finite numbers.*learning rate"),
+        ("lora_B.weight", lambda b: b[:, :3].clone(), rf"{FC1}`.* have the shapes \(4, 32\) and \(64, 3\)"),
         ("lora_gate.tau", lambda tau: tau * 0, rf"`tau` of `base_model.model.{FC1}`.*above 1"),
     ],
 )
@@ -143,9 +143,7 @@ def test_damaged_tensors_are_refused(adapter_folder, name, change, message):
 def test_a_rank_that_the_configuration_does_not_have_is_refused(adapter_folder):
     file = adapter_folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 16}))
-    with pytest.raises(
-        SpikeLoraError, match=r"rank 4 in its `lora_A`, 4 in its `lora_B` and 16 in adapter_config.json"
-    ):
+    with pytest.raises(SpikeLoraError, match=r"has rank 4 in the weights in .*, and 16 by `r`"):
         read_adapter(adapter_folder)
 
 
@@ -157,7 +155,7 @@ def test_an_adapter_of_another_method_is_refused(tmp_path):
 
 def test_a_configuration_alone_is_no_adapter(tmp_path):
     SpikeLoraConfig().save_pretrained(tmp_path)
-    with pytest.raises(SpikeLoraError, match=r"neither adapter_model\.safetensors nor"):
+    with pytest.raises(SpikeLoraError, match=r"but no adapter_model\.safetensors"):
         read_adapter(tmp_path)
 
 

@@ -2,10 +2,13 @@
 
 import copy
 import re
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_opt
+import transformers
+from conftest import enable_checkpointing, tiny_gpt2, tiny_opt
 from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners import lora
 from peft.utils.error import NoMatchingPeftModuleError
@@ -21,6 +24,7 @@ from transformers import (
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
 from spikelora.gate import SpikeGate
+from spikelora.read_not_called import _READ_NOT_CALLED
 
 NEVER, ALWAYS = 1e30, -1e30
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -258,8 +262,11 @@ class TestRefused:
     )
     def test_other_layers_by_name(self, module):
         model = nn.ModuleDict({"good": nn.Linear(4, 4), "inner": nn.ModuleDict({"other": module})})
+        before = copy.deepcopy(model)
         with pytest.raises(SpikeLoraError, match=rf"`inner\.other` is a {type(module).__name__}"):
-            get_peft_model(model, SpikeLoraConfig(target_modules=["other"]))
+            get_peft_model(model, SpikeLoraConfig(target_modules=["good", "other"]))
+        assert repr(model) == repr(before)
+        assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
 
     def test_the_projection_that_attention_never_calls(self):
         with pytest.raises(SpikeLoraError, match="out_proj"):
@@ -271,10 +278,11 @@ class TestRefused:
         with pytest.raises(SpikeLoraError, match="`linear1` is read by its model, not called"):
             get_peft_model(model, SpikeLoraConfig(target_modules=["linear1"]))
 
-    def test_the_projection_that_mamba_reads(self):
+    @pytest.mark.parametrize("target", ["conv1d", "dt_proj", "x_proj"])
+    def test_what_mamba_reads(self, target):
         config = MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, state_size=4, time_step_rank=2)
-        with pytest.raises(SpikeLoraError, match=r"`.*mixer\.dt_proj` is read by its model, not called"):
-            get_peft_model(MambaForCausalLM(config), SpikeLoraConfig(target_modules=["dt_proj"]))
+        with pytest.raises(SpikeLoraError, match=rf"`.*mixer\.{target}` is read by its model, not called"):
+            get_peft_model(MambaForCausalLM(config), SpikeLoraConfig(target_modules=[target]))
 
     def test_targets_that_match_nothing(self, opt):
         with pytest.raises(SpikeLoraError, match="nowhere") as raised:
@@ -360,7 +368,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         model = spiking(tiny_opt(), v_threshold=0.05, learn_threshold=True, learn_tau=True).train()
         if checkpointed:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant)
         model(TOKENS, labels=TOKENS).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -423,9 +431,23 @@ def test_what_is_printed_on_the_meta_device(opt, capsys):
     ],
     ids=["mobilebert", "wavlm"],
 )
-def test_the_layers_that_other_models_read(make_base, target):
+@pytest.mark.parametrize("wrap", [lambda base: base, lambda base: nn.ModuleDict({"encoder": base})])
+def test_the_layers_that_other_models_read(make_base, target, wrap):
     with pytest.raises(SpikeLoraError, match=rf"`.*{target}` is read by its model, not called"):
-        get_peft_model(make_base(), SpikeLoraConfig(target_modules=[target]))
+        get_peft_model(wrap(make_base()), SpikeLoraConfig(target_modules=[target]))
+
+
+def test_the_modules_that_are_read_are_there():
+    """By their names in the sources of transformers, in the version that the table was made for."""
+    if version("transformers") < "5.23":
+        pytest.skip("some of these models came with transformers 5.23")
+    models = Path(transformers.__file__).parent / "models"
+    source = "".join(path.read_text() for path in models.glob("*/modeling_*.py"))
+    for name, modules in _READ_NOT_CALLED.items():
+        if hasattr(nn, name):
+            continue
+        body = "".join(re.findall(rf"^class {name}\(.*?(?=^class |\Z)", source, re.M | re.S))
+        assert not [module for module in modules if f"self.{module} =" not in body], name
 
 
 def test_other_errors_of_peft_stay_what_they_are(opt, monkeypatch):
@@ -462,3 +484,19 @@ def test_a_second_gate_goes_to_the_device_of_its_a(opt, monkeypatch):
     monkeypatch.setattr(SpikeGate, "to", lambda gate, device: moved.append(device) or gate)
     model.add_adapter("other", SpikeLoraConfig(target_modules=["fc1"]))
     assert moved == [torch.device("cpu")] * 2
+
+
+class ReadsIts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(4, 4)
+        self.called = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x.to(self.called.weight.dtype)) @ self.read.weight
+
+
+def test_a_module_that_its_model_seems_to_read_is_warned_of():
+    with pytest.warns(RuntimeWarning, match="By the source of ReadsIts target module `read` is read and never called"):
+        get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["read", "called"]))
+    get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["called"]))

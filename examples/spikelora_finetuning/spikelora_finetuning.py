@@ -7,6 +7,7 @@
 Rows with a text field are used as text; rows with instruction / input / output become instructions, whose prompt and
 padding count in no loss. The folder of a finished run holds the adapter, the tokenizer, `config.yaml` (the resolved
 flags), `metrics.json`, `sparsity.json` (what each rank of each module does on the held-out text) and `sparsity.png`.
+Under `accelerate launch`, see `accelerate/`, processes share the training rows; the first one prints, counts and saves.
 """
 
 import json
@@ -20,6 +21,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +30,7 @@ import matplotlib
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -37,6 +39,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     HfArgumentParser,
     Trainer,
@@ -44,6 +47,7 @@ from transformers import (
     set_seed,
 )
 
+from accelerate import PartialState
 from spikelora import SparsityCallback, SparsityControlCallback, SparsityMeter, SpikeLoraConfig, SpikeLoraError
 
 matplotlib.use("Agg")
@@ -86,6 +90,7 @@ class Options:
     save_step: int = flag(100, "updates between two checkpoints")
     device_map: str = flag("auto", "where the base model goes, as transformers takes it")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = flag("float32", "of the base model")
+    quantize: Literal["none", "8bit", "4bit"] = flag("none", "the base model's linear layers, by bitsandbytes")
     lora_r: int = flag(8, "rank")
     lora_alpha: int = flag(16, "numerator of LoRA's scaling")
     lora_dropout: float = flag(0.0, "dropout on the adapter's input")
@@ -266,8 +271,12 @@ def measure(model: PeftModel, rows: Dataset, collator, options: Options, title: 
     model.eval()
     loss, tokens = 0.0, 0
     is_spiking = isinstance(model.peft_config["default"], SpikeLoraConfig)
-    with SparsityMeter(model) if is_spiking else nullcontext() as meter:
-        for loaded in tqdm(DataLoader(rows, options.batch_size, collate_fn=collator), desc=title, leave=False):
+    is_first = PartialState().is_main_process
+    meter = SparsityMeter(model) if is_spiking else None
+    batches = DataLoader(rows, options.batch_size, collate_fn=collator)
+    # All processes run all rows, as a sharded model needs them together, and the first one counts.
+    with meter if meter and is_first else nullcontext():
+        for loaded in tqdm(batches, desc=title, leave=False, disable=not is_first):
             batch = {key: value.to(model.device) for key, value in loaded.items()}
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
             labels = batch["labels"][:, 1:]
@@ -356,9 +365,25 @@ def adapter_config(options: Options, spiking: bool) -> LoraConfig:
 
 
 def load_base(options: Options):
-    return AutoModelForCausalLM.from_pretrained(
-        options.base_model or EMBEDDED_MODEL, dtype=options.dtype, device_map=options.device_map
+    quantization = {
+        "none": None,
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        "4bit": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, options.dtype, None),
+        ),
+    }[options.quantize]
+    # One process may spread the model over all devices; of several each has its own.
+    device_map = options.device_map if PartialState().num_processes == 1 else {"": PartialState().device}
+    base = AutoModelForCausalLM.from_pretrained(
+        options.base_model or EMBEDDED_MODEL,
+        dtype=options.dtype,
+        device_map=device_map,
+        quantization_config=quantization,
     )
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if quantization else base
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -372,7 +397,7 @@ def prepare_folder(folder: Path, options: Options) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         sys.exit(f"--output_dir {folder} cannot be written: {error}")
     found = last_checkpoint(folder)
@@ -433,6 +458,7 @@ def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Opti
         save_total_limit=2,
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
         report_to=options.report_to,
         seed=options.seed,
     )
@@ -463,7 +489,7 @@ def peak_memory() -> float:
 
 
 def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder: Path, checkpoint: Path | None):
-    """Train one adapter; return the model and the figures before and after."""
+    """Train one adapter; return the trainer and the figures before and after."""
     set_seed(options.seed)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -479,8 +505,9 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     updates = len(train_rows) / (trainer.args.train_batch_size * trainer.args.world_size)
     updates = math.ceil(math.ceil(updates) / options.gradient_accumulation_steps)
     last_step = options.max_steps if options.max_steps > 0 else math.ceil(options.num_epochs * updates)
-    if checkpoint and resumed["global_step"] >= last_step:  # it had come to its end
+    if checkpoint:  # here, as checkpoints of sharded models have no thresholds but those that are learned
         model.load_adapter(checkpoint, "default", is_trainable=True)
+    if checkpoint and resumed["global_step"] >= last_step:  # it had come to its end
         trained = {"steps": resumed["global_step"]}
     else:
         try:
@@ -498,23 +525,27 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     after = measure(model, val_rows, collator, options, "held-out text, after")
     if not math.isfinite(after["loss"]):
         sys.exit("the held-out loss is no number any more: training diverged. Lower --learning_rate")
-    return model, before, after | trained | {"trainable_parameters": model.get_nb_trainable_parameters()[0]}
+    return trainer, before, after | trained | {"trainable_parameters": model.get_nb_trainable_parameters()[0]}
 
 
-def save(model: PeftModel, tokenizer, row: dict, options: Options, folder: Path) -> str:
+def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path) -> str:
     """Save beside, load back, then move in place with the configuration last: nothing half-written can be loaded."""
-    partial_folder = folder / ".partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
-    if (folder / "README.md").exists():  # PEFT adds to a card that is there
-        shutil.copy(folder / "README.md", partial_folder)
-    model.save_pretrained(partial_folder)
-    generation = check_reload(model, tokenizer, row, options, partial_folder)
-    for name in ADAPTER_FILES:
-        os.replace(partial_folder / name, folder / name)
-    shutil.rmtree(partial_folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(options), sort_keys=False))
+    state, partial_folder = PartialState(), folder / ".partial"
+    if state.is_main_process:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir()
+        if (folder / "README.md").exists():  # PEFT adds to a card that is there
+            shutil.copy(folder / "README.md", partial_folder)
+    trainer.save_model(partial_folder)  # gathers what is sharded, and writes in the first process
+    state.wait_for_everyone()
+    generation = check_reload(trainer.model, tokenizer, row, options, partial_folder)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for name in ADAPTER_FILES:
+            os.replace(partial_folder / name, folder / name)
+        shutil.rmtree(partial_folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(asdict(options), sort_keys=False))
     return generation
 
 
@@ -567,13 +598,19 @@ def show(metrics: dict) -> None:
 
 def main() -> None:
     options = parse_options(sys.argv[1:])
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if not state.is_main_process:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
     folder = Path(options.output_dir)
     adapter_config(options, spiking=True)
-    checkpoint = prepare_folder(folder, options)
+    with state.main_process_first():
+        checkpoint = prepare_folder(folder, options)
     source = options.base_model or str(EMBEDDED_MODEL)
+    if options.quantize != "none" and find_spec("bitsandbytes") is None:
+        sys.exit(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
     if is_local(source) and not Path(source).is_dir():
         sys.exit(f"--base_model {source}: no such folder")
-    if options.push_to_hub:  # before the training, as it may fail
+    if options.push_to_hub and state.is_main_process:  # before the training, as it may fail
         try:
             repository = huggingface_hub.create_repo(options.hub_model_id or folder.name, exist_ok=True).repo_id
         except (OSError, ValueError) as error:  # no network, no token, no such name
@@ -590,13 +627,13 @@ def main() -> None:
     train_rows, val_rows = (tokenize(part, tokenizer, options) for part in split(load_rows(options), options))
     print(f"Model: {source}; {len(train_rows):,} rows to train on, {len(val_rows):,} held out")
 
-    if not checkpoint:
+    if not checkpoint and state.is_main_process:
         clear_results(folder)
-    model, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
-    generation = save(model, tokenizer, val_rows[0], options, folder)
-    plot_sparsity(after["sparsity_by_module"], folder / "sparsity.png")
-    (folder / "sparsity.json").write_text(json.dumps(after.pop("report").to_dict(), indent=2) + "\n")
+    state.wait_for_everyone()
+    trainer, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
+    generation = save(trainer, tokenizer, val_rows[0], options, folder)
     before.pop("report")
+    report = after.pop("report")
     metrics = {"before": before, "spikelora": after, "reloaded_logits_identical": True}
     if options.compare_lora:
         lora_folder = folder / "lora"
@@ -604,6 +641,10 @@ def main() -> None:
         if not torch.cuda.is_available():
             lora.pop("peak_memory_mb", None)  # of the process, whose peak the first run may have set
         metrics["lora"] = lora
+    if not state.is_main_process:
+        return
+    plot_sparsity(after["sparsity_by_module"], folder / "sparsity.png")
+    (folder / "sparsity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     show(metrics)

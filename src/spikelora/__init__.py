@@ -7,9 +7,11 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from spikelora import _versions as _versions  # the first, as it looks at the versions of what the others import
 from spikelora._registration import register
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
+from spikelora.integrations import guard_trainers
 from spikelora.sparsity import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 from spikelora.tuner import SpikeLoraModel
 
@@ -40,6 +42,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 register()
+guard_trainers()
 
 
 # Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from spikelora.config import check_target
 from spikelora.errors import SpikeLoraError
+from spikelora.layers import is_grouped
 from spikelora.neuron import charge
 from spikelora.observe import Gated, Observer, gates, names, observing
 from spikelora.quantiles import QuantileSketch
@@ -75,9 +76,9 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
     A silent rank adds nothing to `lora_B(gated)`, so that on these data the outputs stay the same, but for rounding:
     `a` may come out different in its last bit, and fall on the other side of the threshold. The scaling stays, as
     `lora_alpha` becomes `lora_alpha * r' / r`, with rsLoRA `lora_alpha * sqrt(r' / r)`, for the rank `r'` that is
-    left. A module that is silent altogether keeps its first rank, and a convolution with groups keeps all. The ranks
-    and alphas are noted in the configuration, as `rank_pattern` and `alpha_pattern`, so that the adapter can be saved
-    and loaded. An optimiser that was made before still has the old parameters.
+    left. A module that is silent altogether keeps its first rank; a convolution with groups, and layers with tied
+    matrices, keep all. The ranks and alphas are noted in the configuration, as `rank_pattern` and `alpha_pattern`, so
+    that the adapter can be saved and loaded. An optimiser that was made before still has the old parameters.
 
     Args:
         model: a model with spiking adapters, as PEFT makes it; those that are active are pruned.
@@ -106,7 +107,8 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
             "`get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
         )
     warn_of_unreached(model, fired, "their ranks stay as they are")
-    kept = {gated: _kept(gated, fires) for gated, fires in fired.items()}
+    tied = _tied(fired)
+    kept = {gated: _kept(gated, fires, gated in tied) for gated, fires in fired.items()}
     pruned = {gated: _parts(gated, keep) for gated, keep in kept.items() if not keep.all()}
     # Nothing can fail any more.
     for gated, (A, B) in pruned.items():
@@ -182,10 +184,20 @@ def _by_module(values: Mapping[Gated, Any]) -> dict[str, Any]:
     return dict(zip(names(values), values.values(), strict=True))
 
 
-def _kept(gated: Gated, fires: Tensor) -> Tensor:
+def _tied(found: Iterable[Gated]) -> set[Gated]:
+    """Those that share an A or a B, as a head that is tied to its embedding does."""
+    owners: dict[int, list[Gated]] = defaultdict(list)
+    for gated in found:
+        layer: Any = gated.layer
+        for part in layer.low_rank(gated.adapter):
+            owners[part.data_ptr()].append(gated)
+    return {gated for sharing in owners.values() if len(sharing) > 1 for gated in sharing}
+
+
+def _kept(gated: Gated, fires: Tensor, is_tied: bool) -> Tensor:
     """Which ranks stay, `(r,)`."""
-    layer: Any = gated.layer
-    if layer.is_grouped:  # each group of the convolution has its own ranks, and as many as the others
+    # Each group of a convolution has its own ranks, and as many as the others.
+    if is_tied or is_grouped(gated.layer):
         return torch.ones_like(fires)
     return fires if fires.any() else torch.arange(len(fires)) == 0
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from spikelora.gate import MIN_TAU
 _REMEDY = "Load the adapter that training saved."
 # The names of A in a file, and those of the B that goes with it; a parameter of an embedding has no `weight`.
 _UP = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+_NEURON = {".lora_gate.v_threshold": -torch.inf, ".lora_gate.tau": MIN_TAU}  # and their lowest values
 
 _CARD_HEADING = "## SpikeLoRA"
 _CARD_TEXT = f"""{_CARD_HEADING}
@@ -38,30 +38,50 @@ def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
     """The weights in a local adapter folder, none where there is no file and none is needed.
 
     Raises:
-        SpikeLoraError: where they are missing, damaged or incomplete.
+        SpikeLoraError: where they are missing, damaged or incomplete, or where there are any as a pickle.
     """
-    readers = {
-        SAFETENSORS_WEIGHTS_NAME: load_file,
-        WEIGHTS_NAME: lambda path: torch.load(path, map_location="cpu", weights_only=True),
-    }
-    for name, read in readers.items():
-        if (folder / name).exists():
-            try:
-                tensors = read(folder / name)
-            except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError) as error:
-                raise SpikeLoraError(f"{folder / name} is damaged ({error}); copy or save it again.") from error
-            check_tensors(tensors)
-            return tensors
+    refuse_pickle(folder)
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if file.exists():
+        tensors = _read(file)
+        check_tensors(tensors)
+        return tensors
     if needed:
         raise SpikeLoraError(
-            f"{folder} holds the configuration of a saved adapter but neither {SAFETENSORS_WEIGHTS_NAME} nor "
-            f"{WEIGHTS_NAME}; copy the whole folder."
+            f"{folder} holds the configuration of a saved adapter but no {SAFETENSORS_WEIGHTS_NAME}; copy the whole "
+            "folder."
         )
     return {}
 
 
+def refuse_pickle(folder: Path) -> None:
+    """Raise a `SpikeLoraError` where the weights in a folder are a pickle too, which a loader may choose."""
+    if (folder / WEIGHTS_NAME).exists():
+        raise SpikeLoraError(
+            f"{folder / WEIGHTS_NAME} is a pickle, which SpikeLoRA never loads: delete it, and where it is all there "
+            f"is, save the adapter again as {SAFETENSORS_WEIGHTS_NAME}, which PEFT does unless `safe_serialization` is "
+            "False."
+        )
+
+
+def holds_gates(folder: Path) -> bool:
+    """Whether the weights in a local folder are of a spiking adapter, going by their names; not where unreadable."""
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            return any(".lora_gate." in name for name in file.keys())  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise SpikeLoraError(f"{file} is damaged ({error}); copy or save it again.") from error
+
+
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a `SpikeLoraError` unless every module in the file is whole: A, B and a neuron in range.
+    """Raise a `SpikeLoraError` unless every module in the file is whole: A and B of one rank, a neuron in range.
 
     Args:
         tensors: by their names in the file, which are without the adapter's name, such as `fc1.lora_gate.tau`.
@@ -69,20 +89,42 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     modules = low_rank_names(tensors)
     if not modules:
         raise SpikeLoraError(f"The adapter's file has no `lora_A` at all. {_REMEDY}")
-    for module, (_, up) in modules.items():
-        for part in (up, f"{module}.lora_gate.v_threshold", f"{module}.lora_gate.tau"):
+    known = {name + end for name in modules for end in (*_UP, *_UP.values(), *_NEURON)}
+    for name, tensor in tensors.items():
+        if ".lora_" in name and name not in known:
+            raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
+        if ".lora_" in name and not tensor.is_floating_point():
+            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
+        if ".lora_" in name and ".lora_gate." not in name and not tensor.isfinite().all():
+            raise SpikeLoraError(
+                f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
+                "training diverged. Copy it again, train with a lower learning rate, or take an earlier checkpoint."
+            )
+    for module, (down, up) in modules.items():
+        for part in (up, *(module + symbol for symbol in _NEURON)):
             if part not in tensors:
                 raise SpikeLoraError(
                     f"The adapter's file has no `{part.removeprefix(f'{module}.')}` for `{module}`: it was not saved "
                     f"by SpikeLoRA, or is damaged. {_REMEDY}"
                 )
-        for symbol, lowest in (("v_threshold", -torch.inf), ("tau", MIN_TAU)):
-            value = tensors[f"{module}.lora_gate.{symbol}"]
-            if value.shape != (1,) or not torch.isfinite(value).all() or value.float() < lowest:
+        _check_rank(module, tensors[down], tensors[up])
+        for symbol, lowest in _NEURON.items():
+            value = tensors[module + symbol]
+            if value.shape != (1,) or not value.isfinite().all() or value.float() < lowest:
                 raise SpikeLoraError(
-                    f"`{symbol}` of `{module}` in the adapter's file is {value.tolist()}; a threshold is one finite "
-                    f"number and tau is one above 1. {_REMEDY}"
+                    f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}; "
+                    f"a threshold is one finite number and tau is one above 1. {_REMEDY}"
                 )
+
+
+def _check_rank(module: str, A: Tensor, B: Tensor) -> None:
+    # A is (r, in) and B (out, r), behind which convolutions have their kernels; in those with groups, B is in blocks.
+    has_groups = A.dim() > 2 and B.dim() == A.dim() and B.shape[1] and A.shape[0] % B.shape[1] == 0
+    if not has_groups and not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
+        raise SpikeLoraError(
+            f"A and B of `{module}` in the adapter's file have the shapes {tuple(A.shape)} and {tuple(B.shape)}, which "
+            f"are not of one rank. {_REMEDY}"
+        )
 
 
 def low_rank_names(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from spikelora.errors import SpikeLoraError
 from spikelora.neuron import charge
-from spikelora.observe import Gated, add_up_processes, gates, observing
+from spikelora.observe import Gated, add_up_processes, gates, observing, own_shard, whole
 from spikelora.sparsity import SparsityMeter, SparsityReport
 
 _COLLAPSE = 0.999  # overall silence that is warned of
@@ -100,8 +100,10 @@ class SparsityCallback(TrainerCallback):
         # Not added to `logs`, which reporters that come before this callback have read already; and not logged from
         # within the trainer's own call, where TRL's trainers would log their metrics a second time.
         self._pending = _figures(report, "")
+        warned = self._warnings(report)  # by all processes, as they may have shards of B
         if state.is_world_process_zero:
-            self._warn(report)
+            for warning in warned:
+                warnings.warn(f"{warning} {_REMEDY}", RuntimeWarning, stacklevel=2)
 
     def on_evaluate(
         self,
@@ -125,9 +127,10 @@ class SparsityCallback(TrainerCallback):
             figures, self._pending = self._pending, {}
             self._trainer.log(figures)
 
-    def _warn(self, report: SparsityReport) -> None:
+    def _warnings(self, report: SparsityReport) -> list[str]:
         if any(isinstance(other, SparsityControlCallback) for other in self._trainer.callback_handler.callbacks):
-            return
+            return []
+        found = []
         self._fired |= {name for name, module in report.modules.items() if module.sparsity < 1}
         silent = report.modules.keys() - self._fired - self._warned
         gated = {(g.module, g.adapter): g for g in gates(self._model)} if silent else {}
@@ -135,24 +138,19 @@ class SparsityCallback(TrainerCallback):
         for name in sorted(silent):
             module = report.modules[name]
             layer: Any = gated[module.module, module.adapter].layer
-            if module.tokens and not layer.low_rank(module.adapter)[1].any():
+            if module.tokens and not whole(layer.low_rank(module.adapter)[1]).any():
                 dead.append(name)
         if dead:
             self._warned.update(dead)
             names = ", ".join(dead[:_NAMED]) + (f", and {len(dead) - _NAMED} more" if len(dead) > _NAMED else "")
-            warnings.warn(
+            found.append(
                 f"{len(dead)} of {len(report.modules)} modules have never fired, and cannot learn while they are "
-                f"silent, as their B is still 0: {names}. {_REMEDY}",
-                RuntimeWarning,
-                stacklevel=2,
+                f"silent, as their B is still 0: {names}."
             )
         if report.sparsity > _COLLAPSE and "" not in self._warned:
             self._warned.add("")
-            warnings.warn(
-                f"The adapter has fallen silent: sparsity {report.sparsity:.2%}. {_REMEDY}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            found.append(f"The adapter has fallen silent: sparsity {report.sparsity:.2%}.")
+        return found
 
 
 def _figures(report: SparsityReport, prefix: str) -> dict[str, float]:
@@ -176,8 +174,8 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         gain: share of the way that a threshold goes in one step.
 
     Raises:
-        SpikeLoraError: at the start of the training, where no spiking adapter has a `target_sparsity`, and under
-            `torch.nn.DataParallel`.
+        SpikeLoraError: at the start of the training, where no spiking adapter has a `target_sparsity`, where it goes on
+            from a checkpoint without the checkpoint's thresholds, and under `torch.nn.DataParallel`.
     """
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:
@@ -213,6 +211,12 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
         self._is_new = state.global_step == 0
+        if not self._is_new and all(self._is_at_start(gated, configs[gated.adapter]) for gated in self._targets):
+            # accelerate's checkpoints under FSDP2 leave out what is not trained by gradients.
+            raise SpikeLoraError(
+                "The thresholds are those before the training, not the checkpoint's: load them, too, by "
+                "`model.load_adapter(checkpoint, adapter_name, is_trainable=True)` before the Trainer resumes."
+            )
         self._seen: dict[Gated, Tensor] = {}
         self._set_progress(state)
         self._context.enter_context(observing(model, self._see))
@@ -227,7 +231,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         gain = 1.0 if self._is_new else self.gain
         self._is_new = False
         for gated, (total, count) in zip(self._targets, sums, strict=True):
-            v_threshold = gated.gate.v_threshold
+            v_threshold = own_shard(gated.gate.v_threshold)
             moved = v_threshold.lerp((total / count.clamp(min=1)).to(v_threshold.device), gain)
             v_threshold.copy_(torch.where(count.to(v_threshold.device) > 0, moved, v_threshold))
         self._set_progress(state)
@@ -251,6 +255,11 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+    @staticmethod
+    def _is_at_start(gated: Gated, config: Any) -> bool:
+        starts = torch.tensor([config.v_threshold, *config.threshold_pattern.values()], dtype=torch.float32)
+        return bool((whole(gated.gate.v_threshold.detach()).cpu() == starts).any())
 
     def _set_progress(self, state: TrainerState) -> None:
         n_warmup = self.warmup_ratio * state.max_steps

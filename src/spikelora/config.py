@@ -1,6 +1,5 @@
 """The configuration of SpikeLoRA: LoRA's, and the neuron's."""
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -9,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftType
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 
-from spikelora.adapter_files import check_weights, say_how_to_load
+from spikelora.adapter_files import check_weights, low_rank_names, refuse_pickle
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import MIN_TAU
 
@@ -82,7 +84,10 @@ class SpikeLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self.check()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # fields that contradict each other
+            raise SpikeLoraError(str(error)) from error
         self.peft_type = PeftType.SPIKELORA
 
     def check(self) -> None:
@@ -153,9 +158,13 @@ class SpikeLoraConfig(LoraConfig):
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save the configuration as PEFT does and, where it lies beside an adapter, say in its card how to load it."""
+        """Save the configuration as PEFT does.
+
+        Raises:
+            SpikeLoraError: where there are weights that are a pickle, and would not be loaded.
+        """
+        refuse_pickle(Path(save_directory))  # PEFT writes the weights first
         super().save_pretrained(save_directory, **kwargs)
-        say_how_to_load(Path(save_directory))
 
     @classmethod
     def from_pretrained(
@@ -169,26 +178,55 @@ class SpikeLoraConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
             raise SpikeLoraError(f"{folder} has no {CONFIG_NAME}; it is no adapter, or a part of it is missing.")
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, KeyError) as error:
-            raise SpikeLoraError(
-                f"{folder / CONFIG_NAME} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
-            ) from error
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, cls):
             found = PeftType(config.peft_type).value
             raise SpikeLoraError(
                 f"{folder} holds a {found} adapter, not a SPIKELORA one; load it with PEFT's own classes."
             )
-        config.check_folder(pretrained_model_name_or_path, subfolder)
+        config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
         return config
 
-    def check_folder(self, name_or_path: str | os.PathLike, subfolder: str | None = None) -> None:
-        """Raise a `SpikeLoraError` where the weights beside this configuration, in a local folder, are not whole."""
+    def check_folder(
+        self, name_or_path: str | os.PathLike, subfolder: str | None = None, needed: bool = False, **kwargs: Any
+    ) -> None:
+        """Raise a `SpikeLoraError` where the weights beside this configuration are not whole, or not its own.
+
+        Args:
+            name_or_path: a local folder, or a hub repository, from which the weights of a saved adapter are fetched.
+            subfolder: where in there the adapter is.
+            needed: whether weights have to be there, as beside the configuration of a saved adapter, which has
+                `inference_mode` set; a configuration that was saved by itself may lie alone.
+            kwargs: what else the hub is asked with, such as `revision`.
+        """
         folder = Path(name_or_path, subfolder or "")
-        if folder.is_dir():
-            # Only a saved adapter has inference_mode set; a configuration saved by itself may lie alone.
-            check_weights(folder, needed=self.inference_mode)
+        needed = needed or self.inference_mode
+        if not folder.is_dir():
+            if not needed:
+                return
+            folder = self._fetch(str(name_or_path), subfolder, kwargs)
+        tensors = check_weights(folder, needed)
+        for module, (down, _) in low_rank_names(tensors).items():
+            pattern = self.rank_pattern or {}
+            key = get_pattern_key(pattern.keys(), module.removeprefix("base_model.model."))
+            rank, expected = len(tensors[down]), pattern.get(key, self.r)
+            if rank != expected:
+                raise SpikeLoraError(
+                    f"`{module}` has rank {rank} in the weights in {folder}, and {expected} by `r` and `rank_pattern` "
+                    f"in its {CONFIG_NAME}: one of the two files is of another adapter. Copy or save it again."
+                )
+
+    @classmethod
+    def _fetch(cls, repository: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path:
+        hub_kwargs = cls._split_kwargs(kwargs)[0]
+        try:
+            file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        except EntryNotFoundError as error:
+            raise SpikeLoraError(
+                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline. A pickle is "
+                "never loaded: save the adapter again, which PEFT does with safetensors."
+            ) from error
+        return Path(file).parent
 
 
 def check_target(name: str, target: Any) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from spikelora.adapt import MAX_MISS, calibrate_thresholds, run, warn_of_unreached
 from spikelora.config import SpikeLoraConfig, check_target
 from spikelora.errors import SpikeLoraError
-from spikelora.layers import SpikingLayer, make_plain, make_spiking
+from spikelora.layers import SpikingLayer, is_grouped, make_plain, make_spiking
 from spikelora.observe import Gated, gates
+from spikelora.read_not_called import check_called
 from spikelora.sparsity import SparsityMeter, SparsityReport
-from spikelora.tuner import SpikeLoraModel, check_called, check_supported
+from spikelora.tuner import SpikeLoraModel, check_supported
 
 # A gate that always fires; a threshold has to be finite.
 _OPEN = torch.finfo(torch.float32).min
@@ -239,7 +240,7 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
     for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer):
             check_supported(layer, name, layer.get_base_layer())
-            check_called(base, base.get_submodule(name.rpartition(".")[0]), name)
+            check_called(base.get_submodule(name.rpartition(".")[0]), name)
             _refuse_groups(name, layer)
             if layer.merged:
                 raise SpikeLoraError(f"The adapter is merged into `{name}`: call `unmerge_adapter` before.")
@@ -317,7 +318,7 @@ def _B(gated: Gated) -> tuple[nn.Parameter, Tensor]:
 
 
 def _refuse_groups(name: str, layer: Any) -> None:
-    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+    if is_grouped(layer):
         raise SpikeLoraError(
             f"`{name}` is a convolution with groups, whose B is in blocks, and cannot be turned from LoRA to SpikeLoRA "
             "or back: leave it out through `target_modules` or `exclude_modules` when the adapter is trained."

@@ -17,6 +17,7 @@ class SpikeGate(nn.Module):
 
     `v_threshold` and `tau` are parameters of shape `(1,)`, saved with the adapter. They stay float32 whatever the model
     is cast to, as bfloat16 has no 0.1, and have a gradient only where they are learned. A learned `tau` stays above 1.
+    After `to_empty` from the meta device they are as they were configured, until a state dict is loaded.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class SpikeGate(nn.Module):
         self.surrogate_alpha = surrogate_alpha
         self.learn_threshold = learn_threshold
         self.learn_tau = learn_tau
+        self.configured = {"v_threshold": v_threshold, "tau": tau}
         self.observers: tuple[Callable[[Tensor], None], ...] = ()  # called with `a` in every forward, see `observe`
 
     def forward(self, a: Tensor) -> Tensor:
@@ -49,7 +51,11 @@ class SpikeGate(nn.Module):
         """`v_threshold` and `tau` as the forward takes them, in float32."""
         v_threshold, tau = self.v_threshold, self.tau
         if not v_threshold.dtype == tau.dtype == torch.float32:
-            raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
+            raise SpikeLoraError(
+                "`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out. Where FSDP2's mixed "
+                "precision has cast them: load the base in bfloat16 and set `mixed_precision: no`, or leave thresholds "
+                "that are not learned out by `fsdp_ignored_modules: .*lora_gate.*`, see docs/distributed.md."
+            )
         return v_threshold, _AboveOne.apply(tau) if self.learn_tau else tau
 
     def __getstate__(self):
@@ -59,7 +65,13 @@ class SpikeGate(nn.Module):
         def keep_dtype(tensor: Tensor) -> Tensor:
             return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        was_meta = self.tau.is_meta
+        super()._apply(keep_dtype, recurse)
+        if was_meta and not self.tau.is_meta:  # by `to_empty`, which leaves in a tensor what the memory held
+            with torch.no_grad():
+                for name, value in self.configured.items():
+                    getattr(self, name).fill_(value)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -120,11 +120,6 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
         lora_A.weight, lora_A.out_features = A, len(A)
         lora_B.weight, lora_B.in_features = B, len(A)
 
-    @property
-    def is_grouped(self) -> bool:
-        """Whether B is in blocks, each for the ranks of one group of a convolution."""
-        return getattr(self.get_base_layer(), "groups", 1) > 1
-
     def tokens(self, x: Tensor) -> Tensor | None:
         """The input as `(..., in)`, with the leading dimensions of `a`; None where `a` has others."""
         return x
@@ -179,9 +174,10 @@ class SpikingLinear(SpikingLayer):
     variant = SpikeLinearVariant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None and not self.disable_adapters:  # PEFT's GPTQ layer takes none
-            self._check_forward_args(x, *args, **kwargs)
-            return self._mixed_batch_forward(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)  # PEFT's GPTQ layer takes none
+        if adapter_names is not None and not self.disable_adapters:
+            self._check_forward_args(x, adapter_names=adapter_names)
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         # PEFT's forward, which also serves disabled and several adapters, runs the base layer and copies x to the
         # adapter's dtype before it asks the variant.
         adapters = self.active_adapters
@@ -279,6 +275,11 @@ def __getattr__(name: str) -> type[SpikingLayer]:
             globals()[name] = layer_type
             return layer_type
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_grouped(layer: Any) -> bool:
+    """Whether a layer's B is in blocks, each for the ranks of one group of a convolution."""
+    return getattr(layer.get_base_layer(), "groups", 1) > 1
 
 
 def has_spiking_type(layer: nn.Module) -> bool:

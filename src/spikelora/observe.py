@@ -1,6 +1,7 @@
 """Looking at the low-rank activations of a model while it runs, each token with its place in the attention mask."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,7 +38,8 @@ def gates(model: nn.Module) -> list[Gated]:
         layer, is_part, adapter = f".{name}".rpartition(".lora_gate.")
         if isinstance(gate, SpikeGate) and is_part:
             layer = layer.removeprefix(".")
-            module = layer.removeprefix("base_model.model.")
+            # A checkpoint that FSDP puts around a layer, perhaps after a meter was made, is no part of its name.
+            module = layer.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "")
             found.append(Gated(module, adapter, gate, model.get_submodule(layer)))
     if not found:
         raise SpikeLoraError(
@@ -60,6 +62,16 @@ def add_up_processes(numbers: Tensor) -> None:
         torch.distributed.all_reduce(numbers)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 may have sharded, put together; all processes have to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that FSDP2 may have sharded, perhaps no element."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Call the observer with every low-rank activation that a gate sees, however its layer computes.
@@ -70,21 +82,23 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     with ExitStack() as stack, token_masks(model) as masks:
         layers = {gated.layer for gated in found}
         # All from the start: a compiler would compile anew as the dict grows.
-        seen: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = dict.fromkeys(layers, (None, None))
+        seen = _Seen(layers)
+        one_at_a_time = threading.Lock()
 
         def note_mask(layer: Any, args: tuple) -> None:
             tokens = layer.tokens(args[0]) if args else None
-            seen[layer] = (None if tokens is None else masks.of(tokens), _adapter_names(layer))
+            seen.by_layer[layer] = (None if tokens is None else masks.of(tokens), _adapter_names(layer))
 
         @torch.compiler.disable
         @torch.no_grad()
         def show(gated: Gated, a: Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # in a backward
                 return
-            mask, names = seen[gated.layer]
+            mask, names = seen.by_layer[gated.layer]
             if mask is not None and names is not None:  # a batch whose rows have adapters of their own
                 mask = mask[[row for row, name in enumerate(names) if name == gated.adapter]]
-            observer(gated, a.detach().flatten(0, -2), None if mask is None else mask.flatten())
+            with one_at_a_time:
+                observer(gated, a.detach().flatten(0, -2), None if mask is None else mask.flatten())
 
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(note_mask).remove)
@@ -116,8 +130,15 @@ class _Scope(NamedTuple):
     is_cached: bool
 
 
-class TokenMasks:
-    """The attention masks of the modules that run now, outermost first."""
+class _Seen(threading.local):
+    """The mask and the adapters of the rows that each layer runs with now, in each thread its own."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self.by_layer: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = dict.fromkeys(layers, (None, None))
+
+
+class TokenMasks(threading.local):
+    """The attention masks of the modules that run now, outermost first, in each thread its own."""
 
     def __init__(self) -> None:
         self._scopes: list[_Scope] = []

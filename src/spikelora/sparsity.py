@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
-from spikelora.observe import Gated, add_up_processes, gates, names, observing
+from spikelora.observe import Gated, add_up_processes, gates, names, observing, whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -182,8 +182,8 @@ def _report(counted: dict[Gated, list[int]]) -> SparsityReport:
             adapter=gated.adapter,
             layer=layer,
             kind=kind,
-            v_threshold=gated.gate.v_threshold.item(),
-            tau=gated.gate.neuron()[1].item(),
+            v_threshold=whole(gated.gate.v_threshold).item(),
+            tau=whole(gated.gate.neuron()[1]).item(),
             firing_rates=tuple(_share(n, tokens) for n in spikes),
             dead_ranks=tuple(rank for rank, n in enumerate(spikes) if tokens and not n),
         )

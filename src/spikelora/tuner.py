@@ -1,6 +1,5 @@
 """SpikeLoRA as a tuner of PEFT: LoRA's model with the layers of `layers`, and its refusals."""
 
-import re
 import warnings
 from typing import Any
 
@@ -16,21 +15,12 @@ from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import Embedding, has_spiking_type, make_spiking, refuse_merging
+from spikelora.loading import as_it_was, check_fit
+from spikelora.read_not_called import check_called
 
 
 class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
     """Raised where an adapter would adapt no module at all."""
-
-
-# Modules whose weight transformers hands to a function of its own, by model type; PEFT knows only some of them.
-_READ_NOT_CALLED = (
-    (
-        {"bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h", "zamba2"},
-        r"(^|\.)(conv1d|dt_proj|out_proj)$",
-    ),
-    ({"mobilebert"}, r"predictions\.dense$"),
-    ({"wavlm"}, r"\.attention\.\w+_proj$"),
-)
 
 
 class SpikeLoraModel(LoraModel):
@@ -47,6 +37,7 @@ class SpikeLoraModel(LoraModel):
     def _create_new_module(
         lora_config: SpikeLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
+        _check_whole(kwargs["target_name"], target)
         plain_config = lora_config.without_neuron()
         try:
             layer = LoraModel._create_new_module(plain_config, adapter_name, target, **kwargs)
@@ -72,7 +63,8 @@ class SpikeLoraModel(LoraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with as_it_was(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
         patterns = self.peft_config[adapter_name].threshold_pattern
@@ -95,7 +87,7 @@ class SpikeLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        check_called(self.model, parent, current_key)
+        check_called(parent, current_key)
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -110,6 +102,11 @@ class SpikeLoraModel(LoraModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT goes by the names of modules, in which FSDP's activation checkpointing puts a part, and finds nothing. It
+        # has left out the tensors of other adapters already.
+        keys = (key.partition("lora_gate.") for key in state_dict)
+        layers = tuple(f"{layer}lora_" for layer, part, _ in keys if part)
+        selected |= {key: tensor for key, tensor in state_dict.items() if key.startswith(layers)}
         # PEFT's check for shards that were not gathered goes by the method's name.
         _validate_lora_adapter_state_dict(selected, adapter_name)
         return selected
@@ -120,7 +117,7 @@ class SpikeLoraModel(LoraModel):
     ) -> dict[str, Tensor]:
         check_tensors(state_dict)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_fit(model, adapter_name, state_dict)
+        check_fit(model, adapter_name, state_dict)
         # With low_cpu_mem_usage the file's tensors take the place of the gate's, dtype and all.
         return {key: value.float() if ".lora_gate." in key else value for key, value in state_dict.items()}
 
@@ -138,14 +135,13 @@ def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
         raise _unsupported(name, target)
 
 
-def check_called(model: nn.Module, parent: nn.Module, name: str) -> None:
-    """Raise a `SpikeLoraError` where the model takes the weight of a target and never calls it."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    bypassed = (pattern for types, pattern in _READ_NOT_CALLED if model_type in types)
-    if isinstance(parent, nn.TransformerEncoderLayer) or any(re.search(p, name) for p in bypassed):
+def _check_whole(name: str, target: nn.Module) -> None:
+    plan = getattr(target, "_hf_tp_plan", None)  # PEFT puts it there
+    if plan is not None:
         raise SpikeLoraError(
-            f"Target module `{name}` is read by its model, not called: the gate would never run. Leave it out through "
-            "`target_modules` or `exclude_modules`."
+            f"Target module `{name}` is split over processes by tensor parallelism ({plan}): a gate needs the whole of "
+            "`a`, and a part of the layer gives a part of it. Load the model without `tp_plan`, and share it out by "
+            "FSDP2."
         )
 
 
@@ -156,21 +152,3 @@ def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:
         "`Conv1D`, and linear layers quantised by bitsandbytes, GPTQ, HQQ, torchao or INC; leave the module out "
         "through `target_modules` or `exclude_modules`."
     )
-
-
-def _check_fit(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse a file that is not for this model: every tensor of the adapter has to be there, in its shape."""
-    for key, expected in model.state_dict().items():
-        if ".lora_" not in key or f".{adapter_name}." not in key:
-            continue
-        if key not in state_dict:
-            raise SpikeLoraError(
-                f"The adapter's file has nothing for `{key}`: it was trained on another base model, or with other "
-                "`target_modules` than its adapter_config.json has now."
-            )
-        if state_dict[key].shape != expected.shape:
-            raise SpikeLoraError(
-                f"`{key}` has the shape {tuple(state_dict[key].shape)} in the adapter's file and "
-                f"{tuple(expected.shape)} in the model: the adapter was trained on another base model, or `r` or "
-                "`rank_pattern` in its adapter_config.json was changed."
-            )

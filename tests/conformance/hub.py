@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TOKENS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 ATTENTION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-# Larger weights than usual: the tests assert that an adapter on two small layers changes the output.
+# Larger weights than usual, as the tests assert that an adapter on two small layers changes the output, and another
+# padding, as its embedding is zero and the tests' inputs consist of tokens 1 and 2.
 DECODER = (
     ATTENTION
-    | TOKENS
-    | {"initializer_range": 0.1, "num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}
+    | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1}
+    | {"num_key_value_heads": 4, "vocab_size": 2000, "max_position_embeddings": 512}
 )
 ENCODER = ATTENTION | {"vocab_size": 1124, "max_position_embeddings": 512}
 MOE = DECODER | {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 8}

@@ -15,13 +15,14 @@ PACKAGES = ("torch", "transformers")
 HEAD = """# PEFT's own tests
 
 Made by `make conformance`: the tests of PEFT {peft} that use a `LoraConfig` and pass with LoRA on CPU cores, run with
-SpikeLoRA in its place, on {packages}. Models that they would download are random ones made for the run.
+SpikeLoRA in its place, on {packages}. Models that they would download are random ones made for
+the run.
 
-Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail. A
-test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
-had a gate; there were {gates:,}. {plain:,} more tests have no counterpart, as PEFT itself makes the LoRA in them, of
-another method's adapter. The exclusions name their tests in
-[rules.py](../tests/conformance/rules.py); one that no test needs fails the run.
+Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail.
+A test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
+had a gate; there were {gates:,}. The exclusions name their tests in [rules.py](../tests/conformance/rules.py); one that
+no test needs fails the run. {plain:,} more tests have no counterpart, as PEFT itself makes the LoRA in them, of another
+method's adapter.
 """
 
 

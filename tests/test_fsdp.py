@@ -1,0 +1,217 @@
+"""Several processes under FSDP2: thresholds in shards, and everything as under DDP.
+
+accelerate shards models on accelerators only, and takes any other for DDP. `shard_on_cpu` tells it that these processes
+have one; what it and FSDP2 do from there on is the same, over gloo. NCCL and GPUs are not tested here.
+"""
+
+import os
+import warnings
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from processes import in_processes
+from test_distributed import (
+    HELD,
+    LEARNED,
+    adapted,
+    check_alike,
+    check_near,
+    check_saved,
+    go_on,
+    place,
+    train,
+    trainer_of,
+)
+from torch.distributed.fsdp import fully_shard
+
+from spikelora import SpikeLoraError
+from spikelora.observe import gates
+
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["OPTDecoderLayer"],
+    },
+}
+# Options of the model and of the Trainer.
+CASES = {
+    "learned": (LEARNED, {}),
+    "held": (HELD, {"save_strategy": "steps", "save_steps": 3}),
+    "checkpointed": (LEARNED, {"activation_checkpointing": True}),
+    "checkpointed by FSDP": (
+        LEARNED,
+        {"fsdp": True, "fsdp_config": FSDP["fsdp_config"] | {"activation_checkpointing": True}},
+    ),
+    "bfloat16 base": (LEARNED | {"dtype": torch.bfloat16}, {}),
+}
+CAST = {"bf16": True}
+
+
+def shard_on_cpu():
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+
+def error_of_cast_thresholds(folder):
+    try:
+        trainer_of(folder, adapted(), **FSDP | CAST).train()
+    except SpikeLoraError as error:
+        return str(error)
+
+
+def resumed(folder, loads_adapter, **options):
+    """The losses of a training that begins at the other's first checkpoint, or what is raised."""
+    model = adapted(**HELD)
+    if loads_adapter:
+        model.load_adapter(folder / "checkpoint-3", "default", is_trainable=True)
+    try:
+        return go_on(folder, model, **options)
+    except SpikeLoraError as error:
+        return str(error)
+
+
+def without_gates(folder, **options):
+    """As `fsdp_ignored_modules` in a configuration file of accelerate."""
+    os.environ["FSDP_IGNORED_MODULES"] = ".*lora_gate.*"
+    try:
+        return train(folder, adapted(**HELD), **options | CAST)
+    finally:
+        del os.environ["FSDP_IGNORED_MODULES"]
+
+
+def gates_by_themselves(folder, **options):
+    model = adapted(**LEARNED)
+    if place()[1] > 1:
+        for gated in gates(model):
+            fully_shard(gated.gate)
+    return train(folder, model, **options | CAST)
+
+
+def warnings_of_silence(folder, **options):
+    trainer = trainer_of(folder, adapted(v_threshold=100.0), **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(warning.message) for warning in caught if "modules have never fired" in str(warning.message)]
+
+
+def under_fsdp(folder):
+    n = place()[1]
+    options = {}
+    if n > 1:
+        shard_on_cpu()
+        options = FSDP
+    names = {1: CASES.keys() - {"checkpointed by FSDP"}, 2: CASES, 4: ("learned", "held")}[n]
+    results = {name: train(folder / name, adapted(**CASES[name][0]), **options | CASES[name][1]) for name in names}
+    results["held"]["resumed"] = resumed(folder / "held", True, **options | CASES["held"][1])
+    if n < 4:
+        results["without gates"] = without_gates(folder / "without gates", **options)
+        results["gates by themselves"] = gates_by_themselves(folder / "gates by themselves", **options)
+        results["silent"] = warnings_of_silence(folder / "silent", **options)
+    if n == 2:
+        results["held"]["half resumed"] = resumed(folder / "held", False, **options | CASES["held"][1])
+        results["cast"] = error_of_cast_thresholds(folder / "cast")
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of the same training by one, two and four processes, and what each of them saw."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    return folder, dict(zip((1, 2, 4), in_processes(under_fsdp, folder, 1, 2, 4), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("case", "n"),
+    [
+        pytest.param("learned", 2, marks=pytest.mark.compatibility("Many processes", "FSDP2, learned thresholds")),
+        pytest.param("learned", 4, marks=pytest.mark.compatibility("Many processes", "FSDP2, learned thresholds")),
+        pytest.param("held", 2, marks=pytest.mark.compatibility("Many processes", "FSDP2, `target_sparsity`")),
+        pytest.param("held", 4, marks=pytest.mark.compatibility("Many processes", "FSDP2, `target_sparsity`")),
+        pytest.param(
+            "checkpointed", 2, marks=pytest.mark.compatibility("Many processes", "FSDP2, gradient checkpointing")
+        ),
+    ],
+)
+def test_fsdp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case, n):
+    folder, results = runs
+    alone, several = results[1][0][case], [seen[case] for seen in results[n]]
+
+    assert [seen["wrapped"] for seen in several] == ["FSDPPeftModelForCausalLM"] * n
+    assert [seen["own elements"] for seen in several] == [1] + [0] * (n - 1)
+    check_alike(alone, several)
+    check_saved(folder, case, several)
+
+
+@pytest.mark.compatibility("Many processes", "FSDP2, its own activation checkpointing")
+def test_names_in_which_fsdp_puts_a_part_are_saved_without_it(runs):
+    folder, results = runs
+    several = [seen["checkpointed by FSDP"] for seen in results[2]]
+
+    check_alike(results[1][0]["checkpointed"], several)
+    check_saved(folder, "checkpointed by FSDP", several, reference="checkpointed")
+
+
+@pytest.mark.compatibility("Many processes", "FSDP2, bfloat16 base with `mixed_precision: no`")
+def test_a_bfloat16_base_trains_and_saves_float32_thresholds(runs):
+    folder, results = runs
+    several = [seen["bfloat16 base"] for seen in results[2]]
+
+    check_near(results[1][0]["bfloat16 base"], several, losses=1e-4, sparsity=2e-3, thresholds=1e-4)
+    check_saved(folder, "bfloat16 base", several, dtype=torch.bfloat16)
+
+
+@pytest.mark.compatibility("Many processes", "FSDP2, resuming", note="with `target_sparsity` after `load_adapter`")
+@pytest.mark.parametrize("n", [2, 4])
+def test_fsdp_goes_on_from_a_checkpoint_to_the_same_losses(runs, n):
+    for seen in (of["held"] for of in runs[1][n]):
+        assert seen["resumed"] == pytest.approx(seen["losses"][3:-1], abs=5e-6)
+
+
+def test_thresholds_that_the_checkpoint_of_fsdp_left_out_are_missed(runs):
+    for seen in runs[1][2]:
+        assert "not the checkpoint's" in seen["held"]["half resumed"]
+
+
+@pytest.mark.compatibility(
+    "Many processes", "FSDP2, `mixed_precision: bf16`", refused="its policy casts thresholds; see docs/distributed.md"
+)
+def test_thresholds_that_fsdp_casts_are_refused(runs):
+    for seen in runs[1][2]:
+        assert "have to stay float32" in seen["cast"]
+        assert "fsdp_ignored_modules" in seen["cast"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            "without gates",
+            marks=pytest.mark.compatibility(
+                "Many processes", "FSDP2, `mixed_precision: bf16` with `fsdp_ignored_modules`", note="not where learned"
+            ),
+        ),
+        pytest.param(
+            "gates by themselves",
+            marks=pytest.mark.compatibility("Many processes", "FSDP2, `mixed_precision: bf16`, gates sharded before"),
+        ),
+    ],
+)
+def test_gates_that_fsdp_leaves_out_or_shards_by_themselves_stay_float32(runs, case):
+    folder, results = runs
+    several = [seen[case] for seen in results[2]]
+
+    # One process computes under autocast, which rounds elsewhere.
+    check_near(results[1][0][case], several, losses=0.02, sparsity=0.03, thresholds=0.01)
+    check_saved(folder, case, several, computes_alike=False)
+
+
+def test_silent_modules_are_named_once(runs):
+    alone, (first, second) = runs[1][1][0]["silent"], [seen["silent"] for seen in runs[1][2]]
+
+    assert "12 of 12 modules have never fired" in alone[0]
+    assert first == alone
+    assert second == []
