@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench compatibility quantised versions wheel clean
+.PHONY: finetune test quality format bench compatibility quantised versions conformance wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -51,6 +51,9 @@ $(OLDEST)/.ready: $(READY)
 versions: $(OLDEST)/.ready  ## all tests with the newest and the oldest PEFT and transformers; writes docs/versions.json
 	$(TEST) -p tests.compatibility
 	PYTHONPATH=$(OLDEST) $(TEST) -p tests.compatibility
+
+conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
+	$(BIN)/python -m tests.conformance $(ARGS)
 
 wheel: $(READY)
 	$(BIN)/python -m build

@@ -6,7 +6,15 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    TrainingArguments,
+)
 
 from spikelora import SpikeLoraConfig
 
@@ -63,6 +71,12 @@ def spiking(base: nn.Module, **options) -> PeftModel:
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) / 4
     return model
+
+
+# As transformers 5.23 calls it in its arguments, and 5.17 did.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 def enable_checkpointing(model: nn.Module, use_reentrant: bool) -> None:

@@ -144,7 +144,10 @@ def families(choose: Callable[[Family], object] = bool) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family", marked)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # transformers 5.17
+]
 
 
 def adapted(family: Family, **options) -> PeftModel:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_opt
+from conftest import CHECKPOINTING, tiny_opt
 from peft import PeftModel, get_peft_model
 from processes import in_processes
 from safetensors.torch import load_file
@@ -15,11 +15,11 @@ from spikelora.observe import gates, own_shard, whole
 
 LEARNED = {"learn_threshold": True, "learn_tau": True}
 HELD = {"target_sparsity": 0.9, "target_tolerance": 0.5}
-REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+REENTRANT = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
 # Options of the model and of the Trainer.
 CASES = {
     "unused": ({"unused": True} | LEARNED, {}),
-    "checkpointed": (LEARNED, {"activation_checkpointing": True, "ddp_find_unused_parameters": False}),
+    "checkpointed": (LEARNED, {CHECKPOINTING: True, "ddp_find_unused_parameters": False}),
     "reentrant": (LEARNED, REENTRANT | {"ddp_find_unused_parameters": False}),
     "held": (HELD, {"save_strategy": "steps", "save_steps": 3}),
 }

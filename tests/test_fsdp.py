@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from conftest import CHECKPOINTING
 from processes import in_processes
 from test_distributed import (
     HELD,
@@ -40,7 +41,7 @@ FSDP = {
 CASES = {
     "learned": (LEARNED, {}),
     "held": (HELD, {"save_strategy": "steps", "save_steps": 3}),
-    "checkpointed": (LEARNED, {"activation_checkpointing": True}),
+    "checkpointed": (LEARNED, {CHECKPOINTING: True}),
     "checkpointed by FSDP": (
         LEARNED,
         {"fsdp": True, "fsdp_config": FSDP["fsdp_config"] | {"activation_checkpointing": True}},
