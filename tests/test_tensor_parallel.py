@@ -33,5 +33,5 @@ def test_a_layer_in_parts_is_refused(tmp_path):
     assert first == second
     for message, target, plan in zip(first, ("q_proj", "o_proj"), ("colwise", "rowwise"), strict=True):
         assert f"`model.layers.0.self_attn.{target}`" in message
-        assert plan in message
+        assert plan in message or "a sharded DTensor" in message  # by PEFT 0.21.0
         assert "FSDP2" in message

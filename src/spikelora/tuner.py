@@ -136,12 +136,14 @@ def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
 
 
 def _check_whole(name: str, target: nn.Module) -> None:
-    plan = getattr(target, "_hf_tp_plan", None)  # PEFT puts it there
-    if plan is not None:
+    """Raise a `SpikeLoraError` where a target's weight is split over processes."""
+    plan = getattr(target, "_hf_tp_plan", None)  # of tensor parallelism; PEFT puts it there, if it is new enough
+    placements = getattr(getattr(target, "weight", None), "placements", ())
+    if plan is not None or any(placement.is_shard() for placement in placements):
         raise SpikeLoraError(
-            f"Target module `{name}` is split over processes by tensor parallelism ({plan}): a gate needs the whole of "
-            "`a`, and a part of the layer gives a part of it. Load the model without `tp_plan`, and share it out by "
-            "FSDP2."
+            f"Target module `{name}` is split over processes ({plan or 'its weight is a sharded DTensor'}): a gate "
+            "needs the whole of `a`, and a part of the layer gives a part of it. Load the model without `tp_plan`, put "
+            "the adapter on it, and share it out by FSDP2 afterwards."
         )
 
 
