@@ -27,8 +27,7 @@ bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/result
 
 # Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time.
 QUANTISED := build/quantised
-WITH_QUANTISED := PYTHONPATH=$(QUANTISED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	-W "ignore:.*script_method:DeprecationWarning"
+WITH_QUANTISED := PYTHONPATH=$(QUANTISED) $(TEST) -W "ignore:.*script_method:DeprecationWarning"
 OLDEST := build/oldest
 
 $(QUANTISED)/.ready: $(READY)
@@ -48,8 +47,7 @@ $(OLDEST)/.ready: $(READY)
 		certifi==2026.10.19.post1 httpcore==1.0.9 httpx==0.28.1
 	touch $@
 
-versions: $(OLDEST)/.ready  ## all tests with the newest and the oldest PEFT and transformers; writes docs/versions.json
-	$(TEST) -p tests.compatibility
+versions: $(OLDEST)/.ready  ## all tests with the oldest PEFT and transformers; writes docs/versions.json
 	PYTHONPATH=$(OLDEST) $(TEST) -p tests.compatibility
 
 conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md

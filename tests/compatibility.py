@@ -25,14 +25,20 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if report.skipped or (report.when == "call" and report.passed):
         for marker in item.iter_markers("compatibility"):
-            area, feature = marker.args
             status = "works" + (f"; {marker.kwargs['note']}" if "note" in marker.kwargs else "")
             if report.skipped:
                 status = f"untested here: {str(report.longrepr[-1]).removeprefix('Skipped: ')}"
             elif "refused" in marker.kwargs:
                 status = f"refused: {marker.kwargs['refused']}"
-            _areas[area][feature].add(status)
+            report.user_properties.append(("compatibility", (*marker.args, status)))
     return report
+
+
+def pytest_runtest_logreport(report):  # where the reports of all processes come together
+    for name, line in report.user_properties:
+        if name == "compatibility":
+            area, feature, status = line
+            _areas[area][feature].add(status)
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
@@ -54,7 +60,7 @@ def page() -> str:
     for area, features in sorted(_areas.items()):
         lines += [f"\n## {area}\n", "| | |", "|---|---|"]
         lines += [f"| {feature} | {'; '.join(sorted(statuses))} |" for feature, statuses in sorted(features.items())]
-    lines += ["\n## Versions\n", "All tests were run with", "", "| | passed | skipped |", "|---|---|---|"]
+    lines += ["\n## Versions\n", "All tests were also run with", "", "| | passed | skipped |", "|---|---|---|"]
     for names, counts in json.loads(RUNS.read_text()).items():
         lines.append(f"| {names} | {counts['passed']:,} | {counts['skipped']} |")
     lines.append("\nAn import beside others than `pyproject.toml` names ends in an error that says which to install.")
