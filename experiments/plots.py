@@ -1,0 +1,164 @@
+"""Pictures of a study, made from the lines of results alone."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .paired import summary
+from .store import Store
+from .study import Cell, Study
+from .tables import Lines, baseline_of, figure, of_cell
+from .tasks import TASKS
+
+_MOST_PANELS = 6
+
+
+def names(study: Study) -> list[str]:
+    """The pictures that a study asks for, by the names of their files."""
+    return [f"{study.name}-{kind}.png" for kind in study.show if kind in _PICTURES]
+
+
+def plot(study: Study, store: Store, folder: Path) -> list[Path]:
+    """Write the pictures of a study that has results; returns their paths."""
+    lines = store.done(study.runs)
+    written = []
+    for kind in study.show:
+        made = _PICTURES[kind](study, lines) if lines else None
+        if made:
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{study.name}-{kind}.png")
+            # Without the date and the version of matplotlib, which would change the file.
+            made.savefig(written[-1], dpi=110, metadata={"Software": None})
+    return written
+
+
+def _swept(study: Study) -> str | None:
+    """The numeric field that takes most values over the runs, other than the seed."""
+    values: dict[str, set] = {}
+    for run in study.runs:
+        for name, value in run.config().items():
+            if name != "seed" and isinstance(value, int | float) and not isinstance(value, bool):
+                values.setdefault(name, set()).add(value)
+    swept = max(values, key=lambda name: len(values[name]))
+    return swept if len(values[swept]) > 1 else None
+
+
+def _sweep(study: Study, lines: Lines) -> Figure | None:
+    """The first metric and the sparsity over what is swept, a line for each method; what has no such value is level."""
+    swept = _swept(study)
+    if swept is None:
+        return None
+    made = Figure(figsize=(11, 4), layout="constrained")
+    names = list(dict.fromkeys([TASKS[study.runs[0].task].metrics[0], "sparsity", "loss"]))
+    panels = made.subplots(1, len(names))
+    for name, panel in zip(names, panels, strict=True):
+        for series, cells in _series(study, swept).items():
+            at = [(_value(cell, swept), _stats(cell, lines, name)) for cell in cells]
+            at = [(x, s) for x, s in at if s is not None and not math.isnan(s.mean)]
+            if at and at[0][0] is not None:
+                xs, ss = zip(*sorted(at, key=lambda pair: pair[0]), strict=True)
+                sd = [0 if math.isnan(s.sd) else s.sd for s in ss]
+                panel.errorbar(xs, [s.mean for s in ss], sd, marker="o", markersize=4, capsize=2, label=series)
+            elif at:
+                panel.axhline(at[0][1].mean, linestyle="--", color="0.4", label=series)
+        panel.set(xlabel=swept, title="held-out loss" if name == "loss" else name)
+        panel.grid(alpha=0.3)
+        if swept in ("learning_rate", "r", "train_rows"):
+            panel.set_xscale("log", base=2 if swept == "r" else 10)
+    panels[0].legend(fontsize=8)
+    made.suptitle(f"{study.title}: means and standard deviations over seeds")
+    return made
+
+
+def _series(study: Study, swept: str) -> dict[str, list[Cell]]:
+    """Cells that differ by what is swept alone."""
+    found: dict[str, list[Cell]] = {}
+    for cell in study.cells:
+        where = [f"{name}={value}" for name, value in cell.point if name != swept]
+        label = re.sub(rf" {swept}=\S+", "", cell.label)
+        found.setdefault(" ".join([label, *where]), []).append(cell)
+    return found
+
+
+def _value(cell: Cell, swept: str) -> float | None:
+    return cell.runs[0].config().get(swept)
+
+
+def _stats(cell: Cell, lines: Lines, name: str) -> Any:
+    found = of_cell(cell, lines)
+    return summary([figure(line, name) for line in found.values()]) if found else None
+
+
+def _modules(study: Study, lines: Lines) -> Figure | None:
+    """Heat maps of the sparsity, layers by kinds of module, a mean over seeds."""
+    grids = {}
+    for cell in study.cells:
+        shares: dict[tuple[str, str], list[float]] = {}
+        for line in of_cell(cell, lines).values():
+            for module in line["result"].get("sparsity", {}).get("by_module", {}).values():
+                shares.setdefault((module["layer"], module["kind"]), []).append(module["sparsity"])
+        if shares and len(grids) < _MOST_PANELS:
+            grids[", ".join([cell.label, *(f"{n} {v}" for n, v in cell.point)])] = shares
+    if not grids:
+        return None
+    made = Figure(figsize=(1 + 3.2 * len(grids), 4), layout="constrained")
+    panels = made.subplots(1, len(grids), squeeze=False)[0]
+    for panel, (title, shares) in zip(panels, grids.items(), strict=True):
+        layers, kinds = sorted({layer for layer, _ in shares}), list(dict.fromkeys(kind for _, kind in shares))
+        grid = [[np.mean(shares.get((layer, kind), [math.nan])) for kind in kinds] for layer in layers]
+        image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        panel.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=7)
+        panel.set_yticks(range(len(layers)), [layer.rpartition(".")[2] or "none" for layer in layers], fontsize=7)
+        panel.set_title(title, fontsize=8)
+    panels[0].set_ylabel("layer")
+    made.colorbar(image, ax=panels[-1], label="share of silent activations")
+    made.suptitle(study.title)
+    return made
+
+
+def _gradients(study: Study, lines: Lines) -> Figure | None:
+    """Norms of the modules' gradients under each method against those under LoRA, the first seed that both have."""
+    made = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = made.subplots(1, 2)
+    for part, panel in zip("AB", panels, strict=True):
+        for cell in [cell for cell in study.cells if not cell.is_baseline]:
+            baseline = baseline_of(cell, study)
+            ours, theirs = of_cell(cell, lines), of_cell(baseline, lines) if baseline else {}
+            if not (seeds := sorted(ours.keys() & theirs.keys())):
+                continue
+            x, y = (found[seeds[0]]["result"]["gradient_norms"][part]["by_module"] for found in (theirs, ours))
+            shared = [name for name in x if x[name] > 0 and y.get(name, 0) > 0]
+            panel.plot([x[n] for n in shared], [y[n] for n in shared], ".", label=cell.label)
+        panel.set(title=f"gradient of {part}", xlabel="LoRA", ylabel="the other method", xscale="log", yscale="log")
+        limits = [min(panel.get_xlim()[0], panel.get_ylim()[0]), max(panel.get_xlim()[1], panel.get_ylim()[1])]
+        panel.plot(limits, limits, color="0.6", linewidth=1)
+    panels[0].legend(fontsize=7)
+    made.suptitle(study.title)
+    return made
+
+
+def _history(study: Study, lines: Lines) -> Figure | None:
+    """Held-out loss and loss in training, epoch by epoch, means over seeds."""
+    made = Figure(figsize=(9, 4), layout="constrained")
+    panels = made.subplots(1, 2, sharex=True)
+    for cell in study.cells:
+        histories = [line["result"]["history"] for line in of_cell(cell, lines).values()]
+        if not histories:
+            continue
+        label = ", ".join([cell.label, *(f"{n} {v}" for n, v in cell.point)])
+        for name, panel in zip(("train_loss", "loss"), panels, strict=True):
+            means = np.mean([[epoch[name] for epoch in history] for history in histories], 0)
+            panel.plot(range(1, len(means) + 1), means, marker=".", label=label)
+    for title, panel in zip(("loss in training", "held-out loss"), panels, strict=True):
+        panel.set(title=title, xlabel="epoch")
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize=7)
+    made.suptitle(study.title)
+    return made
+
+
+_PICTURES = {"sweep": _sweep, "modules": _modules, "gradients": _gradients, "history": _history}

@@ -1,0 +1,104 @@
+"""Running what of a study is pending, one run or several at once, beside other processes on the same folder."""
+
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from . import models
+from .store import Store
+from .study import Run, Study, StudyError
+from .tasks import TASKS, TaskError
+from .train import processes, train, versions
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def prepare(study: Study, store: Store) -> None:
+    """Check results, data and models before anything runs; the study itself was checked when it was read.
+
+    Raises:
+        StudyError: with the line of the study, of the results or of the data.
+    """
+    store.check()
+    for task in dict.fromkeys(run.task for run in study.runs):
+        try:
+            TASKS[task].load()
+        except TaskError as error:
+            raise StudyError(f"{study.where('task')}: the task `{task}` cannot be used: {error}") from error
+    for model, task in dict.fromkeys((run.model, run.task) for run in study.runs):
+        try:
+            models.check(model, TASKS[task])
+        except models.ModelError as error:
+            raise StudyError(f"{study.where('model')}: {error}") from error
+
+
+def run_pending(runs: list[Run], store: Store, workers: int, retry: bool) -> Counter[str]:
+    """Train the runs that have no result. Returns how many were `done`, `failed`, `there` or trained `elsewhere`."""
+    # Of several processes that train together the first decides, run by run: results may come from elsewhere meanwhile.
+    together = processes().num_processes > 1
+    pending = [run for run in runs if together or store.is_pending(run, retry)]
+    outcomes = Counter(there=len(runs) - len(pending))
+    with tqdm(total=len(pending), unit="run", disable=None if processes().is_main_process else True) as bar:
+        for outcome in _outcomes(pending, store, 1 if together else min(workers, len(pending)), retry):
+            outcomes[outcome] += 1
+            bar.set_postfix({name: outcomes[name] for name in ("failed", "elsewhere") if outcomes[name]}, refresh=False)
+            bar.update()
+    return outcomes
+
+
+def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Iterator[str]:
+    if workers <= 1:
+        yield from (run_one(run, store, retry, bar=True) for run in runs)
+        return
+    # For the libraries that read it when they are imported, which one process does for all workers.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(run_one, run, store, retry) for run in runs]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Else a worker whose parent was killed would wait for ever, and hold its claim."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_one(run: Run, store: Store, retry: bool, bar: bool = False) -> str:
+    """Train one run unless it has a result or another process is at it, and record what comes out, errors as well.
+
+    Under `accelerate launch` the first process claims and records, and all train.
+    """
+    state = processes()
+    with store.claim(run) if state.is_main_process else nullcontext(True) as is_mine:
+        verdict = ["elsewhere" if not is_mine else "" if store.is_pending(run, retry) else "there"]
+        if state.num_processes > 1:
+            broadcast_object_list(verdict)
+        if verdict[0]:
+            return verdict[0]
+        try:
+            line = train(run, bar)
+        except Exception as error:  # whatever it is: the other runs go on, and this one can be retried
+            text = f"{type(error).__name__}: {error}".replace(str(ROOT), ".")[:1000]
+            line = {"status": "failed", "error": text, "versions": versions(), "where": {}}
+        if state.is_main_process:
+            store.put(run, line)
+        return line["status"]

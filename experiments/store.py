@@ -1,0 +1,103 @@
+"""Results of runs: one file of one line of JSON for each, in a folder that machines may share.
+
+A line is written aside and renamed, so that no reader ever sees a part of one. Who trains a run holds a lock on a file
+beside; the system takes the lock away from a process that ends, however it ends, so that no run is left claimed.
+"""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .study import Run, StudyError, key_of
+
+SCHEMA = 1
+_KEYS = {"schema", "key", "status", "config", "versions", "where"}
+
+
+class Store:
+    """The results in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def check(self) -> None:
+        """Read every line of the folder.
+
+        Raises:
+            StudyError: for the first that is no whole result of this version of the schema, with its file and line.
+        """
+        for path in sorted(self.folder.glob("*.jsonl")):
+            self._read(path)
+
+    def get(self, run: Run) -> dict[str, Any] | None:
+        path = self._path(run)
+        return self._read(path) if path.exists() else None
+
+    def done(self, runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
+        """The results of those of the runs that came to their end, by key."""
+        found = {run.key: self.get(run) for run in runs}
+        return {key: line for key, line in found.items() if line and line["status"] == "done"}
+
+    def is_pending(self, run: Run, retry: bool) -> bool:
+        """Whether a run has no result yet, or one that failed and is to be tried again."""
+        line = self.get(run)
+        return line is None or (retry and line["status"] == "failed")
+
+    def put(self, run: Run, line: dict[str, Any]) -> None:
+        line = {"schema": SCHEMA, "key": run.key, "config": run.config()} | line
+        aside = self.folder / f".{run.key}.{uuid.uuid4().hex}"
+        with aside.open("x") as file:
+            file.write(json.dumps(_rounded(line), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self._path(run))
+
+    @contextmanager
+    def claim(self, run: Run) -> Iterator[bool]:
+        """Whether this process may train a run, which no other then may until the context ends."""
+        locks = self.folder / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        # The file stays: to remove it would let two processes lock two files of the same name.
+        with (locks / run.key).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def _path(self, run: Run) -> Path:
+        return self.folder / f"{run.key}.jsonl"
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        lines = path.read_text().splitlines()
+        where = f"{path}, line 1"
+        if len(lines) != 1:
+            raise StudyError(f"{path}, line {len(lines)}: a result is one line, this file has {len(lines)}; remove it")
+        try:
+            line = json.loads(lines[0])
+        except json.JSONDecodeError as error:
+            raise StudyError(f"{where}: is no JSON ({error}); remove the file, and the run is done again") from error
+        if not isinstance(line, dict) or line.get("schema") != SCHEMA:
+            found = line.get("schema") if isinstance(line, dict) else None
+            raise StudyError(
+                f"{where}: written by version {found} of the schema, and this is version {SCHEMA}; keep those results "
+                "in a folder of their own, and give another one by --results"
+            )
+        if line.keys() < _KEYS or line["key"] != key_of(line["config"]) or line["key"] != path.stem:
+            raise StudyError(f"{where}: key, configuration and file name do not belong together; remove the file")
+        return line
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to 8 digits, which is beyond what a float32 has."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.8g}") if isinstance(value, float) else value

@@ -1,0 +1,279 @@
+"""A study: a file that names model, task, methods, grid and seeds, and the runs that it stands for.
+
+Everything that can be wrong with a study is found here, before anything runs, and named with its line.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spikelora import SpikeLoraError
+
+from .methods import METHODS, adapter_config
+from .tasks import TASKS
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+class StudyError(Exception):
+    """A study, a data set or a result that cannot be used; the message names the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The resolved configuration of one run. What is None does not apply, and is left out of the key.
+
+    The defaults are the paper's settings where design and data allow: warm-up 6 %, weight decay 0.01, clipping 1.0,
+    all linear layers, rsLoRA, r 8. The learning rate has no default, as each model has its own.
+    """
+
+    model: str
+    task: str
+    method: str
+    seed: int
+    learning_rate: float
+    # The adapter.
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = True
+    init_lora_weights: bool = True
+    # The method's own, see `methods.METHODS`.
+    v_threshold: float | None = None
+    tau: float | None = None
+    target_sparsity: float | None = None
+    learn_threshold: bool | None = None
+    rate: float | None = None
+    position: str | None = None
+    # Training.
+    epochs: int = 4
+    batch_size: int = 32
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clipping: float = 1.0
+    max_length: int = 128
+    train_rows: int | None = None
+    eval_rows: int | None = None
+
+    def config(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def key(self) -> str:
+        return key_of(self.config())
+
+
+def key_of(config: Mapping[str, Any]) -> str:
+    """Hash of a resolved configuration; 16 hexadecimal digits, which name the run's file."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one method at one point of the grid, one for each seed; what a line of a table is made of."""
+
+    point: tuple[tuple[str, Any], ...]
+    label: str
+    runs: tuple[Run, ...]
+    is_baseline: bool
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file says it, and all its cells in the order of the file."""
+
+    name: str
+    path: Path
+    title: str
+    question: str
+    finding: str
+    show: tuple[str, ...]
+    order: int
+    lines: dict[str, int] = field(repr=False)
+    cells: tuple[Cell, ...] = field(repr=False)
+
+    @property
+    def runs(self) -> list[Run]:
+        return list({run.key: run for cell in self.cells for run in cell.runs}.values())
+
+    def where(self, key: str) -> str:
+        """File and line of a key."""
+        return f"{self.path}, line {self.lines[key]}"
+
+
+_KEYS = {"title", "question", "finding", "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
+_SHOWN = ("sweep", "modules", "gradients", "history")
+_TYPES = {f.name: f.type for f in fields(Run)}
+_OWN = {"v_threshold", "tau", "target_sparsity", "learn_threshold", "rate", "position"}
+# What each field of a run has to be, beside its type.
+_LIMITS = {
+    "learning_rate": (lambda v: v > 0, "above 0"),
+    "r": (lambda v: v >= 1, "at least 1"),
+    "lora_alpha": (lambda v: v > 0, "above 0"),
+    "lora_dropout": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "rate": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "tau": (lambda v: v > 1, "above 1"),
+    "target_sparsity": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "position": (lambda v: v in ("A", "B", "BA"), "A, B or BA"),
+    "epochs": (lambda v: v >= 1, "at least 1"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    "warmup": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "weight_decay": (lambda v: v >= 0, "at least 0"),
+    "clipping": (lambda v: v > 0, "above 0"),
+    "max_length": (lambda v: v >= 2, "at least 2"),
+    "train_rows": (lambda v: v >= 1, "at least 1"),
+    "eval_rows": (lambda v: v >= 1, "at least 1"),
+    "task": (lambda v: v in TASKS, f"one of {', '.join(TASKS)}"),
+    "method": (lambda v: v in METHODS, f"one of {', '.join(METHODS)}"),
+    "seed": (lambda v: v >= 0, "at least 0"),
+}
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Raises:
+        StudyError: for a file that cannot be read, and for an unknown key, task or method, a value of a wrong type or
+            out of range, or an empty grid, with the line of the file.
+    """
+    return _Reader(path).study()
+
+
+class _Reader:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.text = path.read_text()
+            self.values = tomllib.loads(self.text)
+        except OSError as error:
+            raise StudyError(f"{path}: cannot be read ({error.strerror}); give the path of a study file") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise StudyError(f"{path}: is no TOML: {error}") from error
+
+    def study(self) -> Study:
+        values = self.values
+        for key in values.keys() - _KEYS:
+            self.fail(key, f"unknown key `{key}`; there are {', '.join(sorted(_KEYS))}")
+        for key in ("title", "seeds", "methods"):
+            if not values.get(key):
+                self.fail(key, f"`{key}` is missing or empty")
+        for key in ("title", "question", "finding"):
+            if not isinstance(values.get(key, ""), str):
+                self.fail(key, f"`{key}` must be text, got {values[key]!r}")
+        for key, kind, name in (("settings", dict, "table"), ("grid", dict, "table"), ("methods", list, "list")):
+            if not isinstance(values.get(key, kind()), kind):
+                self.fail(key, f"`{key}` must be a {name}")
+        if not isinstance(values.get("order", 0), int):
+            self.fail("order", f"`order` must be a whole number, got {values['order']!r}")
+        show = values.get("show", [])
+        if not isinstance(show, list) or any(name not in _SHOWN for name in show):
+            self.fail("show", f"`show` must be a list of {', '.join(_SHOWN)}, got {show!r}")
+        shared = {key: values[key] for key in ("model", "task") if key in values} | values.get("settings", {})
+        for key, value in shared.items():
+            self.check(key, value, _OWN | {"method", "seed"})
+        seeds = self.options("seed", values["seeds"], set(), key="seeds")
+        grid = values.get("grid", {})
+        grid = {key: self.options(key, value, _OWN | {"method", "seed"}) for key, value in grid.items()}
+        cells = tuple(
+            Cell(tuple(point.items()), label, self.runs(shared | point | own, seeds, nth), label == "lora")
+            for point in _product(grid)
+            for nth, label, own in self.methods()
+        )
+        names = [(cell.point, cell.label) for cell in cells]
+        twice = [label for (point, label) in names if names.count((point, label)) > 1]
+        if twice:
+            self.fail("methods", f"`{twice[0]}` is listed twice")
+        if not any(cell.is_baseline for cell in cells):
+            self.fail("methods", 'no plain `name = "lora"` to compare with; add it')
+        texts = {key: " ".join(values.get(key, "").split()) for key in ("title", "question", "finding")}
+        lines = {key: self.line(key, None) for key in ("task", "model")}
+        show, order = tuple(values.get("show", ())), values.get("order", 100)
+        return Study(name=self.path.stem, path=self.path, cells=cells, show=show, order=order, lines=lines, **texts)
+
+    def methods(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """Each method with the values of its own: which table of the file, a label, and the fields of its runs."""
+        for nth, method in enumerate(self.values["methods"]):
+            if not isinstance(method, dict) or "name" not in method:
+                self.fail("methods", "each of `methods` needs a `name`", nth)
+            name = method["name"]
+            self.check("method", name, set(), nth, key="name")
+            own = {key: value for key, value in method.items() if key != "name"}
+            foreign = (_OWN - METHODS[name].keys()) | {"method", "seed", "model", "task"}
+            options = {
+                key: self.options(key, value if isinstance(value, list) else [value], foreign, nth)
+                for key, value in own.items()
+            }
+            defaults = METHODS[name]
+            for needed in [key for key, value in defaults.items() if value is ... and key not in own]:
+                self.fail("name", f"`{name}` needs a `{needed}`", nth)
+            for point in _product(options):
+                label = " ".join([name, *(f"{key}={as_text(value)}" for key, value in point.items())])
+                yield nth, label, {"method": name, **defaults, **point}
+
+    def runs(self, values: dict[str, Any], seeds: list[int], nth: int) -> tuple[Run, ...]:
+        for needed in ("model", "task", "learning_rate"):
+            if needed not in values:
+                self.fail("settings", f"`{needed}` is missing: give it in the file, in `settings` or in `grid`")
+        # Numbers of one kind, so that 1 and 1.0 are the same run.
+        values = {key: float(v) if "float" in str(_TYPES[key]) and v is not None else v for key, v in values.items()}
+        runs = tuple(Run(**values, seed=seed) for seed in seeds)
+        try:
+            adapter_config(runs[0], "CAUSAL_LM")
+        except SpikeLoraError as error:
+            self.fail("name", str(error), nth)
+        return runs
+
+    def options(
+        self, name: str, values: Any, foreign: set[str], nth: int | None = None, key: str | None = None
+    ) -> list[Any]:
+        key = key or name
+        if not isinstance(values, list) or not values:
+            self.fail(key, f"`{key}` must be a list of at least one value, got {values!r}", nth)
+        for value in values:
+            self.check(name, value, foreign, nth, key)
+        if len({str(value) for value in values}) < len(values):
+            self.fail(key, f"`{key}` has a value twice: {values}", nth)
+        return values
+
+    def check(self, name: str, value: Any, foreign: set[str], nth: int | None = None, key: str | None = None) -> None:
+        """Whether a field of a run may be set here, and to this value."""
+        key = key or name
+        if name not in _TYPES or name in foreign:
+            known = ", ".join(sorted(_TYPES.keys() - foreign))
+            self.fail(key, f"`{key}` has no meaning here; there are {known}", nth)
+        kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+        wanted = str(_TYPES[name]).replace("<class '", "").replace("'>", "").split(" | ")[0]
+        right = isinstance(value, kinds[wanted]) and isinstance(value, bool) == (wanted == "bool")
+        is_right, words = _LIMITS.get(name, (lambda v: True, f"a {wanted}"))
+        if not right or value != value or not is_right(value):
+            self.fail(key, f"`{key}` must be {words if right else f'of type {wanted}'}, got {value!r}", nth)
+
+    def fail(self, key: str, message: str, nth: int | None = None) -> NoReturn:
+        raise StudyError(f"{self.path}, line {self.line(key, nth)}: {message}")
+
+    def line(self, key: str, nth: int | None) -> int:
+        """Where a key stands first, of the whole file or of the n-th of the methods; else where that begins."""
+        lines = [line.partition("#")[0] for line in self.text.splitlines()]
+        heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[\[\s*methods\s*\]\]", line)]
+        first, last = 0, len(lines)
+        if nth is not None and nth < len(heads):
+            first, last = heads[nth], heads[nth + 1] if nth + 1 < len(heads) else len(lines)
+        found = (n for n in range(first, last) if re.match(rf'\s*\[*\s*"?{re.escape(key)}"?\s*(=|\])', lines[n]))
+        return next(found, first) + 1
+
+
+def as_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _product(options: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*options.values()):
+        yield dict(zip(options, values, strict=True))

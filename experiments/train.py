@@ -1,0 +1,267 @@
+"""One run: a model with an adapter trained on a task, and what comes out, by the seed alone."""
+
+import datetime
+import math
+import platform
+import time
+import warnings
+from contextlib import nullcontext
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import get_scheduler, set_seed
+
+import spikelora
+from accelerate import Accelerator, PartialState
+from spikelora import SparsityControlCallback, SparsityMeter, SparsityReport
+
+from . import models
+from .methods import adapt
+from .study import Run
+from .tasks import METRICS, TASKS, Task, batches_of, encode
+
+_EVAL_BATCH = 64
+
+
+def processes() -> PartialState:
+    """Those of `accelerate launch`, which on a machine without a GPU have to be asked for as such."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+class Diverged(Exception):
+    """The loss is no finite number any more."""
+
+
+def train(run: Run, bar: bool = False) -> dict[str, Any]:
+    """Train a run and return `result`, `versions` and `where` of its line; the first is the same each time on a CPU.
+
+    Raises:
+        Diverged: where the loss is not finite.
+    """
+    started = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as two runs at once are faster than one on two cores
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result, seconds = _Training(run, bar).run()
+    finally:
+        torch.set_num_threads(threads)
+    # What the package warns of belongs to the result; the libraries' own remarks do not.
+    result["warnings"] = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    where = {"device": _device(), "threads": 1, **seconds, "total_seconds": time.perf_counter() - started}
+    where["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"status": "done", "result": result, "versions": versions(), "where": where}
+
+
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "peft", "transformers")}
+    return {"python": platform.python_version(), **packages, "spikelora": spikelora.__version__}
+
+
+def _device() -> str:
+    """Kind of the device, no name of a machine."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"one CPU core, {platform.machine()}"
+
+
+class _Training:
+    def __init__(self, run: Run, bar: bool) -> None:
+        self.settings, self.bar = run, bar
+        self.task: Task = TASKS[run.task]
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.device = self.accelerator.device
+        set_seed(run.seed)
+        base, self.tokenizer = models.load(run.model, self.task)
+        task_type = "CAUSAL_LM" if self.task.is_language else "SEQ_CLS"
+        self.model = adapt(base, run, task_type).to(self.device)
+        self.train_rows, self.held_out = self._rows()
+        self.adapters = [
+            (name.replace("base_model.model.", "").partition(".lora_")[0], "A" if ".lora_A." in name else "B", p)
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and (".lora_A." in name or ".lora_B." in name)
+        ]
+        self.has_gates = not run.method.startswith("lora")
+
+    def _rows(self) -> tuple[list[dict], list[dict]]:
+        run = self.settings
+        train, held_out = (encode(rows, self.tokenizer, run.max_length) for rows in self.task.load())
+        # Few training rows are others for each seed, what is held out is the same for all.
+        return _some(train, run.train_rows, run.seed), _some(held_out, run.eval_rows, 0)
+
+    def run(self) -> tuple[dict[str, Any], dict[str, float]]:
+        run = self.settings
+        order = np.random.default_rng(run.seed)
+        processes = self.accelerator.num_processes
+        n_batches = math.ceil(len(self.train_rows) / run.batch_size) // processes or 1
+        steps = run.epochs * n_batches
+        optimizer = torch.optim.AdamW(self._groups(), lr=run.learning_rate)
+        scheduler = get_scheduler(run.schedule, optimizer, math.ceil(run.warmup * steps), steps)
+        state = SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
+        trained = self.accelerator.prepare(self.model)
+        control = self._control(state)
+        start = end = self.evaluate(self.held_out)
+        history, norms_of_epochs = [], []
+        wall = cpu = 0.0
+        with tqdm(total=steps, unit="step", leave=False, disable=None if self.bar else True) as bar:
+            for _ in range(run.epochs):
+                wall_begin, cpu_begin = time.perf_counter(), time.process_time()
+                trained.train()
+                loss_sum, norms = torch.zeros((), device=self.device), []
+                batches = batches_of(self.train_rows, run.batch_size, order)
+                mine = batches[self.accelerator.process_index :: processes][:n_batches]
+                for batch in mine:
+                    loss = trained(**self._collate([self.train_rows[n] for n in batch])).loss
+                    self.accelerator.backward(loss)
+                    norms.append(torch.stack(torch._foreach_norm([p.grad for *_, p in self.adapters])))
+                    nn.utils.clip_grad_norm_(self._trained(), run.clipping)
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    loss_sum += loss.detach()
+                    state.global_step += 1
+                    if control:
+                        control.on_step_end(self._arguments(), state, None)
+                    bar.update()
+                wall += time.perf_counter() - wall_begin
+                cpu += time.process_time() - cpu_begin
+                norms_of_epochs.append(torch.stack(norms).mean(0).cpu())
+                train_loss = loss_sum.item() / len(mine)
+                if not math.isfinite(train_loss):
+                    raise Diverged(f"the loss is not finite after {state.global_step} of {steps} steps")
+                end = self.evaluate(self.held_out)
+                history.append({"train_loss": train_loss, **_brief(end)})
+        if control:
+            control.on_train_end(self._arguments(), state, None)
+        result = self._result(start, end, history, norms_of_epochs, steps)
+        return result, {"training_seconds": wall, "training_cpu_seconds": cpu}
+
+    def _result(self, start: dict, end: dict, history: list[dict], norms: list[Tensor], steps: int) -> dict[str, Any]:
+        # As many rows as are held out, so that neither loss is the steadier one.
+        again = self.evaluate(_some(self.train_rows, len(self.held_out), 0))
+        ends = {name: end[name] for name in (*self.task.metrics, "loss")}
+        result = {
+            "metrics": ends,
+            "train_loss": again["loss"],
+            "generalisation_gap": end["loss"] - again["loss"],
+            "steps": steps,
+            "train_rows": len(self.train_rows),
+            "eval_rows": len(self.held_out),
+            "trainable_parameters": sum(p.numel() for p in self._trained()),
+            "r": self.model.peft_config["default"].r,
+            "start": _brief(start),
+            "history": history,
+            "gradient_norms": self._norms(norms),
+        }
+        if self.has_gates:
+            result["sparsity"] = _sparsity(start["report"], end["report"])
+        return result
+
+    def _norms(self, norms: list[Tensor]) -> dict[str, Any]:
+        """Mean over the steps of the norms of gradients before clipping: by epoch over all modules, and by module."""
+        whole = torch.stack(norms).mean(0)
+        factor = {part: [n for n, (_, p, _) in enumerate(self.adapters) if p == part] for part in "AB"}
+        return {
+            part: {
+                "by_epoch": [epoch[at].square().sum().sqrt().item() for epoch in norms],
+                "by_module": {self.adapters[n][0]: whole[n].item() for n in at},
+            }
+            for part, at in factor.items()
+        }
+
+    @torch.no_grad()
+    def evaluate(self, rows: list[dict]) -> dict[str, Any]:
+        """Loss, the task's metrics and, of gates, the sparsity without padding; all processes look at all rows."""
+        self.model.eval()
+        loss, count, outputs, labels = 0.0, 0, [], []
+        meter = SparsityMeter(self.model) if self.has_gates else None
+        with meter or nullcontext():
+            for batch in batches_of(rows, _EVAL_BATCH if not self.task.is_language else self.settings.batch_size, None):
+                inputs = self._collate([rows[n] for n in batch])
+                made = self.model(**inputs)
+                n = int((inputs["labels"][:, 1:] != -100).sum()) if self.task.is_language else len(batch)
+                loss, count = loss + made.loss.item() * n, count + n
+                if not self.task.is_language:
+                    outputs.append(made.logits.float().cpu().numpy())
+                    labels.append(inputs["labels"].cpu().numpy())
+        figures: dict[str, Any] = {"loss": loss / count}
+        if not math.isfinite(figures["loss"]):
+            raise Diverged("the held-out loss is not finite")
+        if not self.task.is_language:
+            logits, truth = np.concatenate(outputs), np.concatenate(labels)
+            predicted = logits[:, 0] if self.task.labels == 1 else logits.argmax(1)
+            figures |= {name: METRICS[name](predicted, truth) for name in self.task.metrics}
+        return figures | ({"report": meter.report()} if meter else {})
+
+    def _collate(self, rows: list[dict]) -> dict[str, Tensor]:
+        """The model's arguments, padded to the longest row."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100}
+
+        def padded(name: str, row: dict) -> list[int]:
+            return row[name] + [fill.get(name, 0)] * (longest - len(row[name]))
+
+        batch = {name: torch.tensor([padded(name, row) for row in rows]) for name in rows[0] if name != "labels"}
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        if self.task.is_language:
+            batch["labels"] = torch.tensor([padded("labels", row) for row in rows])
+        else:
+            kind = torch.float32 if self.task.labels == 1 else torch.int64
+            batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=kind)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """No decay of biases, nor of learned thresholds, which it would pull to 0."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        decays = [not (name.endswith("bias") or ".lora_gate." in name) for name, _ in named]
+        made = []
+        for is_decayed, decay in ((True, self.settings.weight_decay), (False, 0.0)):
+            parameters = [p for (_, p), d in zip(named, decays, strict=True) if d is is_decayed]
+            made += [{"params": parameters, "weight_decay": decay}] if parameters else []
+        return made
+
+    def _control(self, state: Any) -> SparsityControlCallback | None:
+        if self.settings.target_sparsity is None:
+            return None
+        control = SparsityControlCallback()
+        control.on_train_begin(self._arguments(), state, None, model=self.model)
+        return control
+
+    def _arguments(self) -> Any:
+        """What the callback reads of the Trainer's arguments."""
+        return SimpleNamespace(n_gpu=1, device=self.device)
+
+
+def _some(rows: list, number: int | None, seed: int) -> list:
+    if number is None or number >= len(rows):
+        return rows
+    return [rows[n] for n in np.random.default_rng(seed).permutation(len(rows))[:number]]
+
+
+def _brief(figures: dict[str, Any]) -> dict[str, float]:
+    report = figures.get("report")
+    numbers = {name: value for name, value in figures.items() if name != "report"}
+    return numbers | ({"sparsity": report.sparsity} if report else {})
+
+
+def _sparsity(start: SparsityReport, end: SparsityReport) -> dict[str, Any]:
+    return {
+        "sparsity": end.sparsity,
+        "zero_threshold_sparsity": end.zero_threshold_sparsity,
+        "silent_tokens": end.silent_tokens,
+        "dead_at_start": sum(m.sparsity == 1 for m in start.modules.values()),
+        "dead_at_end": sum(m.sparsity == 1 for m in end.modules.values()),
+        "modules": len(end.modules),
+        "by_module": {
+            name: {"layer": m.layer, "kind": m.kind, "sparsity": m.sparsity, "v_threshold": m.v_threshold}
+            for name, m in end.modules.items()
+        },
+    }

@@ -1,0 +1,552 @@
+"""The study: bad input stops it before anything runs, an interrupted one goes on, its tables are made of results."""
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_opt
+from experiments import page, paired, runner, tables, tasks
+from experiments.__main__ import main
+from experiments.methods import RandomMask, adapt, rank_of_same_operations
+from experiments.store import SCHEMA, Store
+from experiments.study import Run, read_study
+from experiments.train import train
+from peft import LoraConfig
+from processes import in_processes
+from scipy import stats
+
+from spikelora import SparsityMeter
+from spikelora.observe import gates
+
+ROOT = Path(__file__).parents[1]
+STUDY = """\
+title = "Tiny"
+show = ["sweep", "modules", "gradients", "history"]
+model = "embedded"
+task = "pydoc"
+seeds = [0, 1]
+
+[settings]
+learning_rate = 1e-2
+epochs = 1
+batch_size = 4
+max_length = 16
+train_rows = 8
+eval_rows = 4
+
+[[methods]]
+name = "lora"
+
+[[methods]]
+name = "spikelora"
+v_threshold = [0.1, 2.0]
+"""
+RUN = Run(
+    model="embedded", task="pydoc", method="lora", seed=0, learning_rate=0.01, epochs=1, batch_size=4, max_length=16,
+    train_rows=8, eval_rows=4,
+)  # fmt: skip
+
+
+@pytest.fixture
+def study(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def results_in(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.jsonl")}
+
+
+def canned(run: Run, bar: bool = False) -> dict:
+    """A line as `train` makes it; the loss falls with the seed, and with gates."""
+    loss = 4.0 - run.seed - (0.5 if run.method != "lora" else 0)
+    norms = {part: {"by_epoch": [1.0], "by_module": {"a": 1.0, "b": 2.0, "c": 3.0}} for part in "AB"}
+    result = {"metrics": {"loss": loss}, "generalisation_gap": 0.25, "r": run.r, "gradient_norms": norms}
+    result["history"] = [{"train_loss": 5.0, "loss": loss}]
+    where = {"device": "x", "total_seconds": 36.0, "training_cpu_seconds": 30.0, "date": "2026-01-01"}
+    return {"status": "done", "result": result, "versions": {"torch": "2"}, "where": where}
+
+
+class TestBadStudy:
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ('title = "Tiny"', 'titel = "Tiny"', "line 1: unknown key `titel`"),
+            ("epochs = 1", "epoch = 1", "line 9: `epoch` has no meaning here; there are batch_size, clipping"),
+            ('task = "pydoc"', 'task = "kola"', "line 4: `task` must be one of cola, sst2, subj"),
+            ('name = "spikelora"', 'name = "spiklora"', "line 19: `name` must be one of lora, lora_same_operations"),
+            ("seeds = [0, 1]", "seeds = []", "line 5: `seeds` is missing or empty"),
+            ("[0.1, 2.0]", "[]", "line 20: `v_threshold` must be a list of at least one value, got []"),
+            ("[0.1, 2.0]", '"high"', "line 20: `v_threshold` must be of type float, got 'high'"),
+            ("v_threshold = [0.1, 2.0]", "rate = 0.5", "line 20: `rate` has no meaning here"),
+            ('name = "spikelora"', 'name = "random_mask"', "line 20: `v_threshold` has no meaning here"),
+            ('"spikelora"\nv_threshold = [0.1, 2.0]', '"dropout"', "line 19: `dropout` needs a `rate`"),
+            ("[[methods]]\n", "[grid]\nr = []\n[[methods]]\n", "line 16: `r` must be a list of at least one value"),
+            ("learning_rate = 1e-2", "learning_rate = -1.0", "line 8: `learning_rate` must be above 0, got -1.0"),
+            ("learning_rate = 1e-2\n", "", "line 7: `learning_rate` is missing"),
+            ('[[methods]]\nname = "lora"\n', "", 'no plain `name = "lora"` to compare with'),
+            ('"history"]', '"histories"]', "line 2: `show` must be a list of sweep, modules"),
+            ("[0.1, 2.0]", "[0.1, 0.1]", "line 20: `v_threshold` has a value twice"),
+            ('title = "Tiny"', 'title = "Tiny', "is no TOML: .*line 1"),
+        ],
+    )  # fmt: skip
+    def test_is_refused_with_its_line(self, old, new, message, study, capsys):
+        assert old in STUDY
+        study.write_text(STUDY.replace(old, new, 1))
+        assert main(["run", str(study), "--results", str(study.parent / "results")]) == 2
+        assert re.search(message.replace("[", r"\[").replace("(", r"\("), capsys.readouterr().err)
+        assert not (study.parent / "results").exists()
+
+    def test_that_is_not_there(self, tmp_path, capsys):
+        assert main(["run", str(tmp_path / "none.toml")]) == 2
+        assert "none.toml: cannot be read" in capsys.readouterr().err
+
+    def test_of_contradicting_options_is_refused_before_anything_runs(self, study, capsys):
+        study.write_text(STUDY + "target_sparsity = 0.9\nlearn_threshold = true\n")
+        assert main(["run", str(study), "--results", str(study.parent / "results")]) == 2
+        assert "line 19: `target_sparsity` sets the thresholds" in capsys.readouterr().err
+
+    def test_of_a_model_that_is_not_there(self, study, capsys):
+        study.write_text(STUDY.replace('"embedded"', '"embeded"'))
+        assert main(["run", str(study), "--results", str(study.parent / "results")]) == 2
+        assert "line 3: the model `embeded` cannot be had" in capsys.readouterr().err
+
+
+class TestBadResults:
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (lambda line: json.dumps(line | {"schema": SCHEMA + 1}), f"line 1: written by version {SCHEMA + 1}"),
+            (lambda line: json.dumps({"loss": 3}), "line 1: written by version None"),
+            (lambda line: json.dumps(line)[:40], "line 1: is no JSON"),
+            (lambda line: json.dumps(line) + "\n" + json.dumps(line), "line 2: a result is one line"),
+            (lambda line: json.dumps(line | {"config": line["config"] | {"seed": 9}}), "line 1: key, configuration"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["run", "list", "table", "plot"])
+    def test_are_refused_with_their_line_before_anything_runs(self, command, edit, message, study, capsys):
+        store = Store(study.parent / "results")
+        store.folder.mkdir()
+        store.put(RUN, canned(RUN))
+        path = store.folder / f"{RUN.key}.jsonl"
+        path.write_text(edit(json.loads(path.read_text())) + "\n")
+        assert main([command, str(study), "--results", str(store.folder)]) == 2
+        assert f"{path}, {message}" in capsys.readouterr().err
+        assert list(results_in_names(store.folder)) == [path.name]
+
+
+def results_in_names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.jsonl")]
+
+
+class TestBadData:
+    @pytest.fixture
+    def data(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SPIKELORA_DATA", str(tmp_path))
+        for name in ("cola", "sst2", "subj"):
+            (tmp_path / name).mkdir()
+        good = "x\t1\t\tA sentence.\nx\t0\t*\tSentence a.\n"
+        for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
+            (tmp_path / "cola" / f"{name}.tsv").write_text(good)
+        (tmp_path / "subj" / "subj.all").write_bytes(b"0 caf\xe9\n" + b"1 a film\n" * 19)
+        return tmp_path
+
+    def test_columns_that_do_not_fit_are_named_with_their_line(self, data, study, capsys):
+        (data / "cola" / "in_domain_train.tsv").write_text("x\t1\t\tA sentence.\n1\tA sentence.\n")
+        study.write_text(STUDY.replace("pydoc", "cola"))
+        assert main(["run", str(study), "--results", str(data / "results")]) == 2
+        message = "line 4: the task `cola` cannot be used: cola/in_domain_train.tsv, line 2: needs 4 columns"
+        assert message in capsys.readouterr().err
+
+    def test_labels_that_are_none_are_named_with_their_line(self, data):
+        (data / "sst2" / "train.txt").write_text("1 good\npositive fine\n")
+        with pytest.raises(tasks.TaskError, match=r"sst2/train.txt, line 2: needs a label 0 or 1"):
+            tasks.TASKS["sst2"].load()
+
+    def test_a_missing_file_and_folder_are_named(self, data, monkeypatch):
+        with pytest.raises(tasks.TaskError, match=r"sst2/train.txt is not in the folder that SPIKELORA_DATA names"):
+            tasks.TASKS["sst2"].load()
+        monkeypatch.delenv("SPIKELORA_DATA")
+        with pytest.raises(tasks.TaskError, match="SPIKELORA_DATA is not set"):
+            tasks.TASKS["sst2"].load()
+
+    def test_cola_holds_out_both_domains_and_subj_every_tenth_row(self, data):
+        cola, subj = tasks.TASKS["cola"].load(), tasks.TASKS["subj"].load()
+        assert (len(cola.train), len(cola.held_out)) == (2, 4)
+        assert cola.train[1] == tasks.Row("Sentence a.", None, 0)
+        assert (len(subj.train), subj.held_out) == (18, [("café", None, 0), ("a film", None, 1)])
+
+    def test_glue_is_loaded_by_its_columns(self, monkeypatch):
+        asked = []
+
+        def load(*names):
+            asked.append(names)
+            rows = datasets.Dataset.from_dict({"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [1, 0]})
+            return {"train": rows, "validation": rows if len(asked) == 1 else rows.remove_columns("sentence2")}
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        assert tasks.TASKS["glue/rte"].load().held_out == [("a", "c", 1), ("b", "d", 0)]
+        assert asked == [("glue", "rte")]
+        with pytest.raises(tasks.TaskError, match=r"glue/rte, validation: has the columns .*, and lacks sentence2"):
+            tasks.TASKS["glue/rte"].load()
+
+
+class TestTasks:
+    def test_metrics_by_hand(self):
+        predicted, labels = np.array([1, 1, 1, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0])
+        # 2 true positives, 1 false one, 1 false negative, 2 true ones.
+        assert tasks.matthews(predicted, labels) == pytest.approx((2 * 2 - 1 * 1) / 9)
+        assert tasks.accuracy(predicted, labels) == pytest.approx(4 / 6)
+        assert tasks.f1(predicted, labels) == pytest.approx(2 / 3)
+        assert tasks.matthews(np.ones(4), np.array([0, 1, 1, 0])) == 0
+        assert tasks.pearson(np.array([1.0, 2, 4]), np.array([2.0, 4, 8])) == pytest.approx(1)
+        assert tasks.spearman(np.array([1.0, 2, 4]), np.array([9.0, 1, 8])) == pytest.approx(-0.5)
+
+    def test_glue_has_its_metrics(self):
+        first = {name: task.metrics for name, task in tasks.TASKS.items()}
+        assert first["glue/cola"] == ("mcc",)
+        assert first["glue/mrpc"] == first["glue/qqp"] == ("accuracy", "f1")
+        assert first["glue/stsb"] == ("pearson", "spearman")
+
+    def test_batches_have_every_row_once_and_little_padding(self):
+        lengths = np.random.default_rng(0).integers(1, 60, 1000)
+        rows = [{"input_ids": [0] * n} for n in lengths]
+        batches = tasks.batches_of(rows, 32, np.random.default_rng(0))
+        assert sorted(n for batch in batches for n in batch) == list(range(1000))
+        padded = sum(len(batch) * max(lengths[batch]) for batch in batches)
+        assert padded < 1.1 * lengths.sum()
+        assert batches != tasks.batches_of(rows, 32, np.random.default_rng(1))
+
+    def test_held_out_passages_are_not_trained_on(self):
+        rows = tasks.TASKS["pydoc"].load()
+        trained = {p for row in rows.train for p in row.text.split("\n\n") if p.strip()}
+        assert not trained & {p for row in rows.held_out for p in row.text.split("\n\n") if p.strip()}
+
+
+def adapted(method: str, seed: int = 0, **own):
+    """A tiny model with the adapter of a method, whose B is not 0."""
+    torch.manual_seed(seed)
+    model = adapt(tiny_opt(), replace(RUN, method=method, seed=seed, r=4, **own), "CAUSAL_LM")
+    generator = torch.Generator().manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_B" in name and "lora_gate" not in name:
+            p.data = torch.randn(p.shape, generator=generator) / 4
+    return model
+
+
+class TestControls:
+    a = torch.tensor([[-3.0, -0.5, 0.0, 0.5, 1.0, 3.0]])
+
+    def gate(self, method: str, **own):
+        return gates(adapted(method, **own))[0].gate
+
+    def test_the_two_sided_gate_by_value(self):
+        gate = self.gate("two_sided", v_threshold=0.5, tau=2.0)
+        a = self.a.clone().requires_grad_()
+        gated = gate(a)
+        assert gated.tolist() == [[-3.0, 0, 0, 0, 1.0, 3.0]]
+        assert gate.spikes(a).tolist() == [[True, False, False, False, True, True]]
+        gated.sum().backward()
+        size = self.a.abs()
+        surrogate = 1 / (1 + (math.pi * (size / 2 - 0.5)) ** 2)
+        expected = (size >= 1).float() + size * surrogate / 2
+        expected[0, 2] = 0  # sign(0) is 0
+        torch.testing.assert_close(a.grad, expected)
+
+    def test_the_relu_by_value(self):
+        a = self.a.clone().requires_grad_()
+        gate = self.gate("relu")
+        gated = gate(a)
+        assert gated.tolist() == [[0, 0, 0, 0.5, 1.0, 3.0]]
+        gated.sum().backward()
+        assert a.grad.tolist() == [[0, 0, 0, 1, 1, 1]]
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_random_mask_silences_its_share_whatever_the_activation_is(self, training):
+        gate = self.gate("random_mask", rate=0.75).train(training)
+        gated = gate(self.a.repeat(4000, 1) + 10)
+        assert (gated == 0).float().mean(0).tolist() == pytest.approx([0.75] * 6, abs=0.03)
+        assert set(gated[:, 5].tolist()) == {0, 13}
+
+    def test_dropout_scales_in_training_and_passes_in_evaluation(self):
+        gate = self.gate("dropout", rate=0.75).train()
+        gated = gate(self.a.repeat(4000, 1))
+        assert set(gated[:, 5].tolist()) == {0, 12}
+        assert (gated[:, 5] == 0).float().mean().item() == pytest.approx(0.75, abs=0.03)
+        assert torch.equal(gate.eval()(self.a), self.a)
+
+    def test_masks_are_those_of_the_seed_and_differ_between_modules(self):
+        masks = [[g.gate(torch.ones(8, 8)) for g in gates(adapted("random_mask", s, rate=0.5))[:2]] for s in (0, 0, 1)]
+        assert torch.equal(masks[0][0], masks[1][0])
+        assert not torch.equal(masks[0][0], masks[2][0])
+        assert not torch.equal(masks[0][0], masks[0][1])
+
+    def test_the_rank_of_the_same_operations_by_hand(self):
+        base = tiny_opt()  # attention is 32 to 32; of fc1 and fc2 one has 32 to 64, the other 64 to 32: sums are equal
+        for sparsity, rank in ((0.0, 8), (0.5, 6), (0.75, 5), (0.99, 4)):
+            config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+            assert rank_of_same_operations(base, config, sparsity) == rank
+
+    @pytest.mark.parametrize(("position", "modules"), [("A", 12), ("B", 12), ("BA", 24)])
+    def test_a_gate_stands_where_it_is_asked_for(self, position, modules):
+        ids = torch.arange(10, 26).view(2, 8)
+        model = adapted("position", position=position, v_threshold=0.05, tau=2.0).eval()
+        with SparsityMeter(model) as meter:
+            model(input_ids=ids)
+        report = meter.report()
+        assert len(report.modules) == modules
+        behind_B = {name for name in report.modules if name.endswith("lora_B.default")}
+        assert len(behind_B) == (0 if position == "A" else 12)
+        assert 0 < report.sparsity < 1
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+        layer = model.get_submodule("base_model.model.model.decoder.layers.0.fc1")
+        a = x @ layer.lora_A["default"].weight.T
+        gated = a * (a / 2 >= 0.05) if position != "B" else a
+        b = gated @ layer.lora_B["default"].weight.T
+        b = b * (b / 2 >= 0.05) if position != "A" else b
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + layer.scaling["default"] * b)
+
+    def test_all_methods_of_a_seed_start_from_the_same_a(self):
+        options = {"spikelora": {"v_threshold": 0.1}, "two_sided": {}, "relu": {}, "random_mask": {"rate": 0.5}}
+        starts = [
+            {n: p for n, p in adapted(method, **own).named_parameters() if "lora_A" in n}
+            for method, own in [("lora", {}), *options.items()]
+        ]
+        assert len(starts[0]) == 12
+        assert all(torch.equal(p, other[n]) for other in starts[1:] for n, p in starts[0].items())
+
+    def test_the_meter_sees_the_mask_without_changing_the_result(self):
+        ids = torch.arange(10, 26).view(2, 8)
+        alone = adapted("random_mask", rate=0.6).eval()(input_ids=ids).logits
+        model = adapted("random_mask", rate=0.6).eval()
+        with SparsityMeter(model) as meter:
+            assert torch.equal(model(input_ids=ids).logits, alone)
+        assert all(isinstance(g.gate, RandomMask) for g in gates(model))
+        assert meter.report().sparsity == pytest.approx(0.6, abs=0.05)
+
+
+class TestStatistics:
+    def test_a_difference_is_paired_by_seed(self):
+        ours, lora = {0: 0.5, 1: 0.7, 2: 0.6, 5: 9.0}, {0: 0.4, 1: 0.5, 2: 0.55, 7: 1.0}
+        found = paired.difference(ours, lora)
+        test = stats.ttest_rel([0.5, 0.7, 0.6], [0.4, 0.5, 0.55])
+        interval = test.confidence_interval()
+        assert (found.n, found.p) == (3, pytest.approx(test.pvalue))
+        assert (found.mean, found.low, found.high) == pytest.approx((0.35 / 3, interval.low, interval.high))
+
+    def test_two_seeds_give_no_p(self):
+        assert math.isnan(paired.difference({0: 1.0, 1: 2.0}, {0: 0.0, 1: 0.0}).p)
+        assert paired.difference({0: 1.0}, {1: 1.0}) is None
+
+    def test_equal_runs_do_not_differ(self):
+        assert paired.difference({0: 1.0, 1: 2.0, 2: 0.0}, {0: 1.0, 1: 2.0, 2: 0.0}).p == 1
+        assert paired.difference({0: 2.0, 1: 2.0, 2: 2.0}, {0: 1.0, 1: 1.0, 2: 1.0}).p == 0
+
+    def test_holm_by_hand(self):
+        corrected = paired.holm([0.01, 0.04, math.nan, 0.03])
+        assert corrected[:2] + corrected[3:] == pytest.approx([0.03, 0.06, 0.06])
+        assert math.isnan(corrected[2])
+
+
+class TestStore:
+    def test_one_and_one_point_zero_are_the_same_run_in_any_study(self, study):
+        first = read_study(study).runs
+        other = study.parent / "other.toml"
+        other.write_text(STUDY.replace("1e-2", "0.01").replace("[0.1, 2.0]", "[2, 0.1]").replace("Tiny", "Other"))
+        assert {run.key for run in read_study(other).runs} == {run.key for run in first}
+        assert len(first) == 6
+
+    def test_a_claim_excludes_others_until_it_ends(self, tmp_path):
+        first, second = Store(tmp_path), Store(tmp_path)
+        with first.claim(RUN) as mine, second.claim(RUN) as others, second.claim(replace(RUN, seed=1)) as another:
+            assert (mine, others, another) == (True, False, True)
+        with second.claim(RUN) as others:
+            assert others
+
+    def test_what_cannot_be_written_leaves_nothing_that_is_read(self, tmp_path):
+        store = Store(tmp_path)
+        with pytest.raises(ValueError, match="Out of range float"):
+            store.put(RUN, canned(RUN) | {"result": {"loss": math.nan}})
+        assert store.get(RUN) is None
+
+
+class TestRunning:
+    def test_a_failed_run_is_recorded_left_and_retried_on_request(self, study, monkeypatch, capsys):
+        tried = []
+
+        def fail(run, bar=False):
+            tried.append(run)
+            if run.seed == 1 and run.method == "lora":
+                raise RuntimeError(f"no memory in {ROOT}/src")
+            return canned(run)
+
+        monkeypatch.setattr(runner, "train", fail)
+        command = ["run", str(study), "--results", str(study.parent / "results")]
+        assert main(command) == 1
+        assert "5 trained now" in (output := capsys.readouterr()).out
+        assert "RuntimeError: no memory in ./src" in output.err
+        failed = [line for line in results_in(study.parent / "results").values() if line["status"] == "failed"]
+        assert [(line["config"]["method"], line["config"]["seed"]) for line in failed] == [("lora", 1)]
+        assert main(command) == 1
+        assert len(tried) == 6
+        monkeypatch.setattr(runner, "train", canned)
+        assert main([*command, "--retry"]) == 0
+        assert "1 trained now, 5 were there" in capsys.readouterr().out
+
+    def test_a_run_that_another_process_trains_is_left_to_it(self, study, monkeypatch, capsys):
+        monkeypatch.setattr(runner, "train", canned)
+        store = Store(study.parent / "results")
+        with store.claim(read_study(study).runs[0]):
+            assert main(["run", str(study), "--results", str(store.folder)]) == 0
+        assert "5 trained now, 0 were there, 1 in other processes" in capsys.readouterr().out
+
+    def test_each_line_of_list_trains_one_run(self, study, monkeypatch, capsys):
+        monkeypatch.setattr(runner, "train", canned)
+        results = study.parent / "results"
+        assert main(["list", str(study), "--results", str(results)]) == 0
+        commands = capsys.readouterr().out.splitlines()
+        assert len(commands) == 6
+        for done, command in enumerate(commands, 1):
+            python, flag, module, *arguments = shlex.split(command)
+            assert (python, flag, module) == ("python", "-m", "experiments")
+            assert main(arguments) == 0
+            assert len(results_in(results)) == done
+        assert main(["list", str(study), "--results", str(results)]) == 0
+        assert not capsys.readouterr().out.splitlines()[6:]
+
+    def test_an_unknown_run_is_refused(self, study, capsys):
+        assert main(["run", str(study), "--only", "abc", "--results", str(study.parent / "results")]) == 2
+        assert "has no run abc" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("method", "own"), [("lora", {}), ("spikelora", {"v_threshold": 0.1, "tau": 2.0}), ("dropout", {"rate": 0.5})]
+    )
+    def test_the_same_configuration_gives_the_same_result(self, method, own):
+        run = replace(RUN, method=method, **own)
+        first, second = train(run), train(run)
+        assert first["result"] == second["result"]
+        assert first["result"]["metrics"]["loss"] != train(replace(run, seed=1))["result"]["metrics"]["loss"]
+
+    def test_a_classification_run_records_what_is_asked_for(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SPIKELORA_DATA", str(tmp_path))
+        (tmp_path / "sst2").mkdir()
+        for name in ("train", "dev"):
+            (tmp_path / "sst2" / f"{name}.txt").write_text("1 a very good film\n0 bad\n" * 8)
+        own = {"task": "sst2", "method": "spikelora", "v_threshold": 0.1, "tau": 2.0, "train_rows": None}
+        line = train(replace(RUN, **own, eval_rows=None, epochs=8))
+        result = line["result"]
+        assert (result["train_rows"], result["eval_rows"], result["steps"], len(result["history"])) == (16, 16, 32, 8)
+        assert result["metrics"]["accuracy"] == 1.0  # two sentences are soon told apart
+        assert result["generalisation_gap"] == pytest.approx(0, abs=1e-5)
+        assert 0 < result["sparsity"]["sparsity"] < 1
+        assert set(result["sparsity"]["by_module"]) == set(result["gradient_norms"]["A"]["by_module"])
+        assert len(result["gradient_norms"]["B"]["by_epoch"]) == 8
+        assert all(norm > 0 for norm in result["gradient_norms"]["B"]["by_epoch"])
+        assert line["where"]["training_seconds"] > 0
+
+    def test_an_interrupted_study_goes_on_in_two_processes(self, study):
+        results = study.parent / "results"
+        command = [sys.executable, "-m", "experiments", "run", str(study), "--results", str(results)]
+        options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        killed = subprocess.Popen([*command, "--workers", "2"], **options)
+        while killed.poll() is None and not list(results.glob("*.jsonl")):
+            time.sleep(0.02)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()  # ends when the workers have, too, which share the pipes
+        before = {path: path.stat().st_mtime_ns for path in results.glob("*.jsonl")}
+        assert 1 <= len(before) < 6
+        both = [subprocess.Popen(command, **options) for _ in range(2)]
+        outputs = [process.communicate(timeout=300) for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        trained = sum(int(re.search(r"(\d+) trained now", out)[1]) for out, _ in outputs)
+        assert trained == 6 - len(before)
+        assert all(path.stat().st_mtime_ns == time_of for path, time_of in before.items())
+        lines = results_in(results)
+        assert {key: line["status"] for key, line in lines.items()} == {
+            run.key: "done" for run in read_study(study).runs
+        }
+        assert str(ROOT) not in json.dumps(lines)
+        table = tables.markdown(read_study(study), Store(results))
+        silent = next(line for line in table.splitlines() if "v_threshold=2" in line)
+        assert "1.000 ± 0.000" in silent  # a threshold of 2 silences everything
+        pictures = study.parent / "pictures"
+        assert main(["plot", str(study), "--results", str(results), "--output", str(pictures)]) == 0
+        assert {p.name for p in pictures.iterdir()} == {
+            f"tiny-{n}.png" for n in ("sweep", "modules", "gradients", "history")
+        }
+
+
+def run_together(folder: Path) -> int:
+    return main(["run", str(folder.parent / "tiny.toml"), "--results", str(folder.parent / "results")])
+
+
+def test_processes_of_a_launch_train_one_run_together_and_record_it_once(study):
+    study.write_text(STUDY.replace("[0, 1]", "[0]").replace("[0.1, 2.0]", "0.1").replace("rows = 8", "rows = 16"))
+    assert in_processes(run_together, study.parent, 2) == [[0, 0]]
+    lines = results_in(study.parent / "results").values()
+    assert [line["status"] for line in lines] == ["done", "done"]
+    # 16 rows are 4 batches, 2 for each of the processes; alone a process would make 4 steps.
+    assert [line["result"]["steps"] for line in lines] == [2, 2]
+
+
+class TestTables:
+    def table(self, study, seeds, values) -> str:
+        study.write_text(STUDY.replace("[0, 1]", str(seeds)).replace("[0.1, 2.0]", "0.1"))
+        store = Store(study.parent / "results")
+        store.folder.mkdir(exist_ok=True)
+        for run in read_study(study).runs:
+            line = canned(run)
+            line["result"]["metrics"]["loss"] = values[run.method][run.seed]
+            store.put(run, line)
+        return tables.markdown(read_study(study), store)
+
+    def test_a_table_by_value(self, study):
+        table = self.table(study, [0, 1, 2], {"lora": [4.0, 3.0, 2.0], "spikelora": [3.49, 2.5, 1.51]})
+        assert table.splitlines()[:4] == [
+            "| method | seeds | loss | difference to LoRA | p | gap | CPU min |",
+            "|---|---|---|---|---|---|---|",
+            "| lora | 3 | 3.000 ± 1.000 [0.516, 5.484] |  |  | 0.250 ± 0.000 | 0.5 |",
+            "| spikelora v_threshold=0.1 | 3 | 2.500 ± 0.990 [0.041, 4.959] | **-0.500 [-0.525, -0.475]** | < 0.001 "
+            "| 0.250 ± 0.000 | 0.5 |",
+        ]
+
+    def test_nothing_within_noise_is_bold(self, study):
+        noise = self.table(study, [0, 1, 2], {"lora": [4.0, 3.0, 2.0], "spikelora": [3.0, 3.1, 1.0]})
+        assert "**" not in noise
+        assert "| 0.2" in noise
+
+    def test_two_seeds_make_no_claim(self, study):
+        table = self.table(study, [0, 1], {"lora": [4.0, 3.0], "spikelora": [3.49, 2.5]})
+        assert "-0.505" in table
+        assert "**" not in table
+
+    def test_what_was_not_run_is_said(self, study):
+        assert tables.markdown(read_study(study), Store(study.parent / "none")) == "*Not run: 6 runs are pending.*\n"
+
+    def test_the_page_is_what_the_committed_results_give(self):
+        store = Store(page.RESULTS)
+        store.check()
+        assert page.PAGE.read_text() == page.page(page.committed(), store, page.preface())
+        pictures = {name for s in page.committed() if store.done(s.runs) for name in page.plots.names(s)}
+        assert pictures <= {path.name for path in page.PICTURES.glob("*.png")}
+
+    def test_committed_studies_can_be_read_and_are_all_compared_with_lora(self):
+        studies = page.committed()
+        assert {"thresholds_cola", "thresholds_sst2", "controls_cola", "controls_sst2", "language_model"} <= {
+            study.name for study in studies
+        }
+        assert all(tables.baseline_of(cell, study) for study in studies for cell in study.cells)
