@@ -14,8 +14,7 @@ REFUSALS: dict[str, str] = {
     "initialisations made for a linear adapter": "`init_lora_weights=.*cannot be combined",
     "layers that do not ask for the gate": "on which SpikeLoRA is not supported",
     "modules that a model reads and does not call": "is read by its model, not called",
-    "adapter files that are not whole, or not for the model": r"in the adapter's file is|The adapter's file has n|"
-    "is damaged|holds the configuration of a saved adapter but neither",
+    "pickled adapter files": "is a pickle, which SpikeLoRA never loads",
 }
 
 _FLOAT32 = "asserts that the adapter has the base's dtype; a gate stays float32, as bfloat16 has no 0.1"
@@ -29,6 +28,10 @@ _EXPERTS = "PEFT turns targets among fused experts into `target_parameters`, for
 _LORA_FA = "LoRA-FA's optimizer takes every tensor named `lora_` for an A or a B"
 _INTRUDERS = "PEFT refuses: intruder dimensions are those of a merged weight"
 _TIMES_TEN = "multiplies all tensors of an adapter by 10, thresholds and time constants too, which silences the gates"
+_FILES = "expects a file to load, or another error, that is not whole, not of training or not for the model"
+_UNKNOWN_FIELDS = (
+    "expects unknown fields of a configuration to be dropped; they are refused"
+)
 _SILENT = "draws or trains an adapter whose gates stay silent, so that it changes nothing"
 
 # The tests, and the reason.
@@ -90,6 +93,15 @@ EXCLUSIONS: dict[str, str] = {
         "PEFT refuses, by a TypeError: the layers say that they cannot be converted"
     ),
     "*::test_generate_with_mixed_adapter_batches[LoraConfig-config_kwargs1*]": _TIMES_TEN,
+    "test_config.py::*::test_from_pretrained_forward_compatible[LoraConfig-*]": _UNKNOWN_FIELDS,
+    "test_config.py::*::test_from_pretrained_forward_compatible_load_from_peft_config[LoraConfig-*]": _UNKNOWN_FIELDS,
+    "test_config.py::*::test_from_pretrained_sanity_check[LoraConfig-*]": _UNKNOWN_FIELDS,
+    "test_config.py::*::test_save_pretrained_with_runtime_config[LoraConfig-*]": _FILES,
+    "test_custom_models.py::*::test_load_resized_embedding_ignore_mismatched_sizes": _FILES,
+    "test_initialization.py::*::test_hotswap_extra_key_raises": _FILES,
+    "test_initialization.py::*::test_hotswap_missing_key_works": _FILES,
+    "test_initialization.py::test_from_pretrained_missing_keys_warning": _FILES,
+    "test_low_level_api.py::*::test_inject_from_state_dict_low_cpu_mem_usage_with_weight_conversion": _FILES,
     "test_low_level_api.py::*::test_inject_from_state_dict_missing_keys_warning": (
         "deletes a module's A and B from a state dict by name, and its gate stays there"
     ),
