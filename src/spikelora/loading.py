@@ -76,6 +76,9 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         if own.search(key) and key not in found and not swapped:
             raise SpikeLoraError(f"The adapter's file has nothing for `{key}`: {_OTHER_BASE}")
     for key, tensor in found.items():
+        # With `bias="all"` PEFT saves the bias of a module trained as a whole again, under a name that no model has.
+        if key not in state and key.endswith(".modules_to_save.bias"):
+            continue
         if key not in state:
             raise SpikeLoraError(f"The adapter's file has `{key}`, which the model has not: {_OTHER_BASE}")
         if not own.search(key):  # of a module that is trained as a whole, which PEFT looks at by itself

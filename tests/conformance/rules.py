@@ -14,8 +14,9 @@ REFUSALS: dict[str, str] = {
     "initialisations made for a linear adapter": "`init_lora_weights=.*cannot be combined",
     "layers that do not ask for the gate": "on which SpikeLoRA is not supported",
     "modules that a model reads and does not call": "is read by its model, not called",
+    "pickled adapter files": "is a pickle, which SpikeLoRA never loads",
     "adapter files that are not whole, or not for the model": r"in the adapter's file is|The adapter's file has n|"
-    "is damaged|holds the configuration of a saved adapter but neither",
+    "is damaged|holds the configuration of a saved adapter but no",
 }
 
 _FLOAT32 = "asserts that the adapter has the base's dtype; a gate stays float32, as bfloat16 has no 0.1"
