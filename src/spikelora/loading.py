@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from operator import attrgetter
@@ -96,6 +96,15 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
             )
 
 
+def _refuse_lost_gates(unexpected: Iterable[str]) -> None:
+    """Raise a `SpikeLoraError` where the gates of a file found no place, as of one of the hub that says LORA."""
+    if any(".lora_gate." in key for key in unexpected):
+        raise SpikeLoraError(
+            "The adapter's weights have gates, and its adapter_config.json is of another method: it would run without "
+            "its gates. Copy or save the adapter again."
+        )
+
+
 def guard_peft_loading(from_pretrained: Callable) -> Callable:
     """`PeftModel.from_pretrained`, as a function of the class."""
 
@@ -117,7 +126,9 @@ def guard_load_adapter(load_adapter: Callable) -> Callable:
             config.check_folder(model_id, needed=True, **self._split_kwargs(dict(kwargs))[0])
         with as_it_was(self):
             try:
-                return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                _refuse_lost_gates(result.unexpected_keys)
+                return result
             except KeyError as error:  # of a module that is trained as a whole
                 config = self.peft_config.get(adapter_name)
                 if not (isinstance(config, SpikeLoraConfig) and config.modules_to_save):
@@ -152,6 +163,8 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
                     raise
                 raise SpikeLoraError(f"The adapter's file has tensors in other shapes: {_OTHER_BASE}") from error
             adapter_name = given.get("adapter_name") or "default"
+            if not isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
+                _refuse_lost_gates(info.unexpected_keys)
             if isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
                 # Modules of the base may have the adapter's name, and are then said to be missing.
                 parts = re.compile(rf"{_tensors_of(adapter_name).pattern}|modules_to_save|trainable_tokens")
