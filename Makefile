@@ -30,9 +30,10 @@ study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real s
 	$(BIN)/python -m experiments table reduced --results outputs/study
 	$(BIN)/python -m experiments plot reduced --results outputs/study --output outputs/study
 
-# Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time.
+# Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time. They use
+# what torch and Python deprecate.
 QUANTISED := build/quantised
-WITH_QUANTISED := PYTHONPATH=$(QUANTISED) $(TEST) -W "ignore:.*script_method:DeprecationWarning"
+WITH_QUANTISED := PYTHONPATH=$(QUANTISED) $(TEST) -W ignore::DeprecationWarning
 OLDEST := build/oldest
 
 $(QUANTISED)/.ready: $(READY)

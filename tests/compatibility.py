@@ -60,9 +60,10 @@ def page() -> str:
     for area, features in sorted(_areas.items()):
         lines += [f"\n## {area}\n", "| | |", "|---|---|"]
         lines += [f"| {feature} | {'; '.join(sorted(statuses))} |" for feature, statuses in sorted(features.items())]
-    lines += ["\n## Versions\n", "All tests were also run with", "", "| | passed | skipped |", "|---|---|---|"]
-    for names, counts in json.loads(RUNS.read_text()).items():
-        lines.append(f"| {names} | {counts['passed']:,} | {counts['skipped']} |")
+    if RUNS.exists():
+        lines += ["\n## Versions\n", "All tests were also run with", "", "| | passed | skipped |", "|---|---|---|"]
+        for names, counts in json.loads(RUNS.read_text()).items():
+            lines.append(f"| {names} | {counts['passed']:,} | {counts['skipped']} |")
     lines.append("\nAn import beside others than `pyproject.toml` names ends in an error that says which to install.")
     return "\n".join(lines) + "\n"
 

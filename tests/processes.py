@@ -23,7 +23,8 @@ def in_processes(function: Callable[[Path], Any], folder: Path, *sizes: int) -> 
     what = [function.__module__, function.__name__, str(folder), *map(str, sizes)]
     command = [sys.executable, "-W", "ignore", __file__, *what]
     settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    environment = os.environ | settings
+    # What this process finds, as a script of its own would not look in the folder that tests are started from.
+    environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-6000:]
     return [[json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)] for size in sizes]

@@ -456,6 +456,22 @@ def test_gates_are_never_left_out(loader, saved, tmp_path):
     assert state(model) == before
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of the fields, which are not LoRA's
+@pytest.mark.parametrize("loader", READ_THE_CONFIGURATION)
+def test_gates_are_not_left_out_where_the_weights_come_later(loader, saved, tmp_path, monkeypatch):
+    """From the hub the configuration comes first, and nothing lies beside it."""
+    files, _, base_folder = saved
+    config = json.loads(files[CONFIG].replace(b"SPIKELORA", b"LORA"))
+    model = LOADERS[loader][0](base_folder)
+    before = state(model)
+    folder = write(files | {CONFIG: json.dumps(config).encode()}, tmp_path / "adapter")
+    monkeypatch.setattr("spikelora.config_file.holds_gates", lambda folder: False)
+    # Beside a spiking adapter PEFT itself refuses one that says LORA.
+    with pytest.raises(ValueError, match=r"The adapter's weights have gates|different peft types|Incompatible PEFT"):
+        LOADERS[loader][1](model, folder)
+    assert state(model) == before
+
+
 class TestTheFirstAdapters:
     """Adapters of the method's first code: `peft_type: LORA`, with `use_spikelora` and a threshold beside it."""
 

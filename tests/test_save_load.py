@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_opt
+from conftest import spiking, tiny_gpt2, tiny_opt
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -16,6 +16,7 @@ from peft import (
 from peft.utils import PeftWarning
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
 from spikelora.gate import SpikeGate
@@ -207,3 +208,28 @@ def test_a_tau_of_one_in_bfloat16(saved):
     edit(saved[0], lambda tensors: tensors.update({tau: torch.ones(1).bfloat16()}))
     with pytest.raises(SpikeLoraError, match=r"`tau` of `.*layers\.1\.fc2` in the adapter's file is \[1\.0\]"):
         PeftModel.from_pretrained(tiny_opt(), saved[0])
+
+
+class _WithLoraHead(nn.Module):
+    """A model with a module of its own whose name begins like LoRA's."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.lora_head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.lora_head(self.body(x))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_module_that_is_trained_as_a_whole_may_be_named_like_lora(bias, tmp_path):
+    options = {"target_modules": ["body"], "modules_to_save": ["lora_head"], "bias": bias}
+    model = spiking(_WithLoraHead(), **options)
+    with torch.no_grad():
+        model.base_model.model.lora_head.modules_to_save["default"].weight.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(_WithLoraHead(), tmp_path)
+    assert loaded.base_model.model.lora_head.modules_to_save["default"].weight.eq(3.0).all()
+    assert torch.equal(
+        loaded.base_model.model.body.lora_A["default"].weight, model.base_model.model.body.lora_A["default"].weight
+    )

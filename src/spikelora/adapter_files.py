@@ -1,5 +1,6 @@
 """What a saved adapter has to hold, so that nothing loads but the adapter that was trained; and what its card says."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from spikelora.gate import MIN_TAU
 _REMEDY = "Load the adapter that training saved."
 # The names of A in a file, and those of the B that goes with it; a parameter of an embedding has no `weight`.
 _UP = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+# A base model may have modules of its own whose names begin like that.
+_OWN = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|gate|magnitude_vector)(\.|$)")
 _NEURON = {".lora_gate.v_threshold": -torch.inf, ".lora_gate.tau": MIN_TAU}  # and their lowest values
 
 _CARD_HEADING = "## SpikeLoRA"
@@ -91,11 +94,13 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         raise SpikeLoraError(f"The adapter's file has no `lora_A` at all. {_REMEDY}")
     known = {name + end for name in modules for end in (*_UP, *_UP.values(), *_NEURON)}
     for name, tensor in tensors.items():
-        if ".lora_" in name and name not in known:
+        if not _OWN.search(name) and name.rpartition(".lora_")[0] not in modules:
+            continue
+        if name not in known:
             raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
-        if ".lora_" in name and not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
-        if ".lora_" in name and ".lora_gate." not in name and not tensor.isfinite().all():
+        if ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
                 f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
                 "training diverged. Copy it again, train with a lower learning rate, or take an earlier checkpoint."

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from operator import attrgetter
@@ -76,6 +76,9 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         if own.search(key) and key not in found and not swapped:
             raise SpikeLoraError(f"The adapter's file has nothing for `{key}`: {_OTHER_BASE}")
     for key, tensor in found.items():
+        # With `bias="all"` PEFT saves the bias of a module trained as a whole again, under a name that no model has.
+        if key not in state and key.endswith(".modules_to_save.bias"):
+            continue
         if key not in state:
             raise SpikeLoraError(f"The adapter's file has `{key}`, which the model has not: {_OTHER_BASE}")
         if not own.search(key):  # of a module that is trained as a whole, which PEFT looks at by itself
@@ -91,6 +94,15 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
                 "the model: the adapter was trained on another base model, or `r` or `rank_pattern` in its "
                 "adapter_config.json was changed."
             )
+
+
+def _refuse_lost_gates(unexpected: Iterable[str]) -> None:
+    """Raise a `SpikeLoraError` where the gates of a file found no place, as of one of the hub that says LORA."""
+    if any(".lora_gate." in key for key in unexpected):
+        raise SpikeLoraError(
+            "The adapter's weights have gates, and its adapter_config.json is of another method: it would run without "
+            "its gates. Copy or save the adapter again."
+        )
 
 
 def guard_peft_loading(from_pretrained: Callable) -> Callable:
@@ -114,7 +126,9 @@ def guard_load_adapter(load_adapter: Callable) -> Callable:
             config.check_folder(model_id, needed=True, **self._split_kwargs(dict(kwargs))[0])
         with as_it_was(self):
             try:
-                return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                _refuse_lost_gates(result.unexpected_keys)
+                return result
             except KeyError as error:  # of a module that is trained as a whole
                 config = self.peft_config.get(adapter_name)
                 if not (isinstance(config, SpikeLoraConfig) and config.modules_to_save):
@@ -149,6 +163,8 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
                     raise
                 raise SpikeLoraError(f"The adapter's file has tensors in other shapes: {_OTHER_BASE}") from error
             adapter_name = given.get("adapter_name") or "default"
+            if not isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
+                _refuse_lost_gates(info.unexpected_keys)
             if isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
                 # Modules of the base may have the adapter's name, and are then said to be missing.
                 parts = re.compile(rf"{_tensors_of(adapter_name).pattern}|modules_to_save|trainable_tokens")
