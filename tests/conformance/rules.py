@@ -32,7 +32,7 @@ _FILES = "expects a file to load, or another error, that is not whole, not of tr
 _UNKNOWN_FIELDS = (
     "expects unknown fields of a configuration to be dropped; they are refused"
 )
-_SILENT = "draws or trains an adapter whose gates stay silent, so that it changes nothing"
+_SILENT = "draws or trains an adapter whose gates stay silent where the test looks, so that it changes nothing there"
 
 # The tests, and the reason.
 EXCLUSIONS: dict[str, str] = {
