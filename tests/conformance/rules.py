@@ -29,9 +29,7 @@ _LORA_FA = "LoRA-FA's optimizer takes every tensor named `lora_` for an A or a B
 _INTRUDERS = "PEFT refuses: intruder dimensions are those of a merged weight"
 _TIMES_TEN = "multiplies all tensors of an adapter by 10, thresholds and time constants too, which silences the gates"
 _FILES = "expects a file to load, or another error, that is not whole, not of training or not for the model"
-_UNKNOWN_FIELDS = (
-    "expects unknown fields of a configuration to be dropped; they are refused"
-)
+_UNKNOWN_FIELDS = "expects unknown fields of a configuration to be dropped; they are refused"
 _SILENT = "draws or trains an adapter whose gates stay silent where the test looks, so that it changes nothing there"
 
 # The tests, and the reason.
