@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+VERSIONS = "\n## Versions\n\n"
 PAGE, RUNS = DOCS / "compatibility.md", DOCS / "versions.json"
 PACKAGES = ("torch", "peft", "transformers", "trl", "accelerate")
 HEAD = "# Compatibility\n\nMade by `make compatibility` from the outcomes of the tests, on CPU cores, with {}."
@@ -43,16 +44,17 @@ def pytest_runtest_logreport(report):  # where the reports of all processes come
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if exitstatus:
-        terminalreporter.write_line(f"{DOCS.name} is left as it is, as not every test passed")
-    elif config.option.markexpr:
-        PAGE.write_text(page())
-        terminalreporter.write_line(f"{PAGE} is written")
-    elif not config.option.keyword and config.args_source is not config.ArgsSource.ARGS:
+        terminalreporter.write_line(f"{PAGE.name} is left as it is, as not every test passed")
+        return
+    if config.option.markexpr:
+        body = page()
+    else:
+        body = PAGE.read_text().partition(VERSIONS)[0]
         runs = json.loads(RUNS.read_text()) if RUNS.exists() else {}
-        counts = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in ("passed", "skipped")}
-        runs[versions()] = counts
+        runs[versions()] = {outcome: len(terminalreporter.stats.get(outcome, ())) for outcome in ("passed", "skipped")}
         RUNS.write_text(json.dumps(runs, indent=2) + "\n")
-        terminalreporter.write_line(f"{RUNS} is written")
+    PAGE.write_text(body + section())
+    terminalreporter.write_line(f"{PAGE} is written")
 
 
 def page() -> str:
@@ -60,12 +62,16 @@ def page() -> str:
     for area, features in sorted(_areas.items()):
         lines += [f"\n## {area}\n", "| | |", "|---|---|"]
         lines += [f"| {feature} | {'; '.join(sorted(statuses))} |" for feature, statuses in sorted(features.items())]
+    return "\n".join(lines) + "\n"
+
+
+def section() -> str:
+    lines = ["An import beside others than `pyproject.toml` names ends in an error that says which to install."]
     if RUNS.exists():
-        lines += ["\n## Versions\n", "All tests were also run with", "", "| | passed | skipped |", "|---|---|---|"]
+        lines += ["All tests, `make versions`, were also run with", "", "| | passed | skipped |", "|---|---|---|"]
         for names, counts in json.loads(RUNS.read_text()).items():
             lines.append(f"| {names} | {counts['passed']:,} | {counts['skipped']} |")
-    lines.append("\nAn import beside others than `pyproject.toml` names ends in an error that says which to install.")
-    return "\n".join(lines) + "\n"
+    return VERSIONS + "\n".join(lines) + "\n"
 
 
 def versions() -> str:
