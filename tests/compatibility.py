@@ -43,6 +43,8 @@ def pytest_runtest_logreport(report):  # where the reports of all processes come
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    if hasattr(config, "workerinput"):  # one of several processes, which saw its own tests alone
+        return
     if exitstatus:
         terminalreporter.write_line(f"{PAGE.name} is left as it is, as not every test passed")
         return
