@@ -8,9 +8,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TOKENS, spiking, tiny_opt
+from conftest import spiking, tiny_llama, tiny_opt
 from torch.export import Dim
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from spikelora.observe import gates, observing
 
@@ -20,21 +19,6 @@ GUIDE = Path(__file__).parents[1] / "docs" / "export.md"
 TOLERANCE = 1e-5  # of logits; onnxruntime adds up in another order, which at these sizes makes up to 3e-7
 MARGIN = 2e-6  # of v from its threshold; the two compute v up to 5e-7 apart
 IDS = torch.arange(3, 31).view(2, 14)
-
-
-def tiny_llama():
-    """A two-layer Llama with grouped queries; the same weights on every call."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        **TOKENS,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def exportable(base, **options):

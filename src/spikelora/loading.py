@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -165,7 +164,7 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
             adapter_name = given.get("adapter_name") or "default"
             if not isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
                 _refuse_lost_gates(info.unexpected_keys)
-            if isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
+            else:
                 # Modules of the base may have the adapter's name, and are then said to be missing.
                 parts = re.compile(rf"{_tensors_of(adapter_name).pattern}|modules_to_save|trainable_tokens")
                 for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -188,6 +187,7 @@ def guard_hotswap(swap: Callable) -> Callable:
 
     @functools.wraps(swap)
     def guarded(model: nn.Module, state_dict: dict, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        kept: dict[nn.Parameter, Tensor] = {}
         if isinstance(config, SpikeLoraConfig):
             if config.rank_pattern or config.alpha_pattern:
                 raise SpikeLoraError(
@@ -203,17 +203,16 @@ def guard_hotswap(swap: Callable) -> Callable:
             check_tensors(plain)
             model_itself = getattr(model, "_orig_mod", model)
             check_fit(model_itself, adapter_name, state_dict, swapped=True)
-            neurons = (name for name in model_itself.state_dict() if f".lora_gate.{adapter_name}." in name)
-            state_dict = {name: attrgetter(name)(model_itself) for name in neurons} | state_dict
-        own = _tensors_of(adapter_name)
-        others = {
-            parameter: parameter.detach().clone()
-            for name, parameter in model.named_parameters()
-            if isinstance(config, SpikeLoraConfig) and ".lora_" in name and not own.search(name)
-        }
+            own = _tensors_of(adapter_name)
+            # Other adapters, and the neurons of modules that the new one has not.
+            kept = {
+                parameter: parameter.detach().clone()
+                for name, parameter in model_itself.named_parameters()
+                if ".lora_" in name and (not own.search(name) or (".lora_gate." in name and name not in state_dict))
+            }
         swap(model, state_dict, adapter_name, config, *args, **kwargs)
         with torch.no_grad():
-            for parameter, value in others.items():
+            for parameter, value in kept.items():
                 parameter.copy_(value)
 
     return guarded
