@@ -216,6 +216,7 @@ def test_shared_memory_is_seen_by_other_processes(model):
 
 @pytest.mark.compatibility("Reliability", "the meta device")
 def test_on_the_meta_device_shapes_come_out(model):
+    model.set_attn_implementation("eager")  # as transformers 5.17 reads values of a mask for the other one
     model.to("meta")
     assert model(TOKENS.to("meta")).logits.shape == (2, 14, 100)
     assert "v_threshold=nan" in repr(model)
