@@ -277,8 +277,17 @@ class TestMixtureOfExperts:
         with pytest.raises(SpikeLoraError, match=message):
             get_peft_model(FAMILIES["Mixtral"].base(), SpikeLoraConfig(target_modules=targets))
 
-    def test_all_linear_takes_the_attention(self):
-        names = adapted(FAMILIES["Mixtral"], target_modules="all-linear").base_model.targeted_module_names
+    @pytest.mark.parametrize(
+        ("targets", "rest"),
+        [
+            ("all-linear", r"`down_proj`, `gate\.weight`, `gate_up_proj` as well"),
+            (["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"], "`down_proj`, `gate_up_proj` as well"),
+        ],
+    )
+    def test_the_attention_is_adapted_and_a_warning_names_the_rest(self, targets, rest):
+        with pytest.warns(RuntimeWarning, match=rest):
+            model = adapted(FAMILIES["Mixtral"], target_modules=targets)
+        names = model.base_model.targeted_module_names
         assert names == adapted(FAMILIES["Mixtral"]).base_model.targeted_module_names
         assert len(names) == 8
 

@@ -1,6 +1,8 @@
 """SpikeLoRA as a tuner of PEFT: LoRA's model with the layers of `layers`, and its refusals."""
 
 import warnings
+from contextlib import suppress
+from copy import deepcopy
 from typing import Any
 
 from peft import PeftConfig
@@ -8,6 +10,7 @@ from peft.tuners.lora import LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -62,11 +65,19 @@ class SpikeLoraModel(LoraModel):
         config.check()  # it may have been changed since it was made
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        experts = _stacked_targets(self.peft_config[adapter_name], model)
         try:
             with as_it_was(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
+        if experts:
+            warnings.warn(
+                f"The target_modules stand for {', '.join(f'`{name}`' for name in sorted(experts))} as well, stacked "
+                "parameters that no gate can be put on; they are not adapted, where PEFT's LoRA would adapt them.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         patterns = self.peft_config[adapter_name].threshold_pattern
         matched = {get_pattern_key([key], name) for key in patterns for name in self.targeted_module_names}
         unmatched = sorted(patterns.keys() - matched)
@@ -133,6 +144,14 @@ def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
     # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
     if not has_spiking_type(layer) or isinstance(target, NonDynamicallyQuantizableLinear):
         raise _unsupported(name, target)
+
+
+def _stacked_targets(config: SpikeLoraConfig, model: nn.Module) -> set[str]:
+    """The parameters of mixtures of experts and of routers that PEFT would take some targets for, were it LoRA."""
+    plain = deepcopy(config.without_neuron())
+    with suppress(ValueError):  # of a part of a stacked parameter, which LoRA refuses, and which may be a layer as well
+        convert_peft_config_for_transformers(plain, model, conversions=None)
+    return set(plain.target_parameters or ())
 
 
 def _check_whole(name: str, target: nn.Module) -> None:
