@@ -29,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(study: Study, store: Store, options: argparse.Namespace) -> int:
-    prepare(study, store)
     runs = [run for run in study.runs if not options.only or run.key in options.only]
     if unknown := set(options.only) - {run.key for run in runs}:
         raise StudyError(f"{study.path}: has no run {', '.join(sorted(unknown))}; `list` shows those that are pending")
+    prepare(study, runs, store)
     outcomes = run_pending(runs, store, options.workers, options.retry)
     if not processes().is_main_process:
         return 0
@@ -76,8 +76,9 @@ def _plot(study: Study, store: Store, options: argparse.Namespace) -> int:
 def _page(store: Store) -> int:
     store.check()
     studies = page.committed()
-    for study in studies:
-        plots.plot(study, store, page.PICTURES)
+    drawn = {path for study in studies for path in plots.plot(study, store, page.PICTURES)}
+    for stale in set(page.PICTURES.glob("*.png")) - drawn:
+        stale.unlink()
     page.PAGE.write_text(page.page(studies, store, page.preface()))
     print(page.PAGE)
     return 0

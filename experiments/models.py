@@ -48,7 +48,8 @@ def check(name: str, task: Task) -> None:
         ) from error
     mapping = (AutoModelForCausalLM if task.is_language else AutoModelForSequenceClassification)._model_mapping
     if type(config) not in mapping or (task.is_language and name == "minilm"):
-        raise ModelError(f"the model `{name}` cannot be trained on this task: `minilm` is an encoder, as an example")
+        kind = "causal language modelling" if task.is_language else "sequence classification"
+        raise ModelError(f"the model `{name}` is a {config.model_type}, which is not for {kind}")
 
 
 def load(name: str, task: Task) -> tuple[nn.Module, Any]:

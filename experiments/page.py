@@ -12,7 +12,7 @@ PAGE, PICTURES = HERE.parent / "docs" / "results.md", HERE.parent / "docs" / "re
 HEAD = """# The study: LoRA against SpikeLoRA on real data
 
 Made by `python -m experiments page` from the studies in [experiments/studies](../experiments/studies) and the lines in
-[experiments/results](../experiments/results); no figure is typed. How to run it is in
+[experiments/results](../experiments/results): no figure of a table or a picture is typed. How to run it is in
 [experiments/README.md](../experiments/README.md).
 """
 
@@ -29,8 +29,7 @@ def page(studies: list[Study], store: Store, preface: str = "") -> str:
         parts.append(f"## {study.title}\n")
         parts += [f"{text}\n" for text in (study.question, study.finding) if text]
         parts.append(tables.markdown(study, store))
-        if store.done(study.runs):
-            parts += [f"![{study.title}](results/{name})\n" for name in plots.names(study)]
+        parts += [f"![{study.title}](results/{name})\n" for name in plots.figures(study, store)]
     return "\n".join(parts)
 
 

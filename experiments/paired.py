@@ -9,6 +9,7 @@ from scipy import stats
 
 ENOUGH = 3  # seeds, below which nothing is claimed
 LEVEL = 0.05
+_RESOLUTION = 1e-7  # of results, which are written with 8 digits
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """Of the differences of pairs; `p` of the paired t test, NaN for fewer than three pairs."""
+    """Of the differences of pairs; `p` of the paired t test, NaN for fewer than three pairs and where none differs."""
 
     p: float
 
@@ -45,10 +46,9 @@ def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Di
         return None
     found = summary([values[seed] - baseline[seed] for seed in seeds])
     p = math.nan
-    if found.n >= ENOUGH:
-        # What does not vary at all is either no difference or a sure one; t would divide by 0.
-        t = math.inf if not found.sd else abs(found.mean) / (found.sd / math.sqrt(found.n))
-        p = 1.0 if found.mean == 0 else float(2 * stats.t.sf(t, found.n - 1))
+    # Of differences that are all the same, as those of an accuracy on few rows may be, t knows no spread to go by.
+    if found.n >= ENOUGH and found.sd > _RESOLUTION:
+        p = float(2 * stats.t.sf(abs(found.mean) / (found.sd / math.sqrt(found.n)), found.n - 1))
     return Difference(found.n, found.mean, found.sd, found.low, found.high, p)
 
 

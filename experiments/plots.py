@@ -11,28 +11,27 @@ from matplotlib.figure import Figure
 from .paired import summary
 from .store import Store
 from .study import Cell, Study
-from .tables import Lines, baseline_of, figure, of_cell
+from .tables import Lines, beside, figure, modules_of, of_cell
 from .tasks import TASKS
 
-_MOST_PANELS = 6
+_PANELS_IN_A_ROW = 6
 
 
-def names(study: Study) -> list[str]:
-    """The pictures that a study asks for, by the names of their files."""
-    return [f"{study.name}-{kind}.png" for kind in study.show if kind in _PICTURES]
+def figures(study: Study, store: Store) -> dict[str, Figure]:
+    """The pictures that a study asks for and that its results, so far, have something for, by the names of files."""
+    lines = store.done(study.runs)
+    made = {f"{study.name}-{kind}.png": _PICTURES[kind](study, lines) for kind in study.show if lines}
+    return {name: picture for name, picture in made.items() if picture}
 
 
 def plot(study: Study, store: Store, folder: Path) -> list[Path]:
-    """Write the pictures of a study that has results; returns their paths."""
-    lines = store.done(study.runs)
+    """Write the pictures of a study; returns their paths."""
     written = []
-    for kind in study.show:
-        made = _PICTURES[kind](study, lines) if lines else None
-        if made:
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{study.name}-{kind}.png")
-            # Without the date and the version of matplotlib, which would change the file.
-            made.savefig(written[-1], dpi=110, metadata={"Software": None})
+    for name, picture in figures(study, store).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / name)
+        # Without the date and the version of matplotlib, which would change the file.
+        picture.savefig(written[-1], dpi=110, metadata={"Software": None})
     return written
 
 
@@ -53,7 +52,9 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
     if swept is None:
         return None
     made = Figure(figsize=(11, 4), layout="constrained")
-    names = list(dict.fromkeys([TASKS[study.runs[0].task].metrics[0], "sparsity", "loss"]))
+    names = list(
+        dict.fromkeys([study.compared(study.cells[0]), TASKS[study.runs[0].task].metrics[0], "sparsity", "loss"])
+    )
     panels = made.subplots(1, len(names))
     for name, panel in zip(names, panels, strict=True):
         for series, cells in _series(study, swept).items():
@@ -98,24 +99,29 @@ def _modules(study: Study, lines: Lines) -> Figure | None:
     grids = {}
     for cell in study.cells:
         shares: dict[tuple[str, str], list[float]] = {}
-        for line in of_cell(cell, lines).values():
-            for module in line["result"].get("sparsity", {}).get("by_module", {}).values():
-                shares.setdefault((module["layer"], module["kind"]), []).append(module["sparsity"])
-        if shares and len(grids) < _MOST_PANELS:
+        for module in modules_of(cell, lines):
+            shares.setdefault((module["layer"], module["kind"]), []).append(module["sparsity"])
+        if shares:
             grids[", ".join([cell.label, *(f"{n} {v}" for n, v in cell.point)])] = shares
     if not grids:
         return None
-    made = Figure(figsize=(1 + 3.2 * len(grids), 4), layout="constrained")
-    panels = made.subplots(1, len(grids), squeeze=False)[0]
-    for panel, (title, shares) in zip(panels, grids.items(), strict=True):
-        layers, kinds = sorted({layer for layer, _ in shares}), list(dict.fromkeys(kind for _, kind in shares))
+    columns = min(len(grids), _PANELS_IN_A_ROW)
+    rows = math.ceil(len(grids) / columns)
+    made = Figure(figsize=(1 + 3.2 * columns, 4 * rows), layout="constrained")
+    panels = made.subplots(rows, columns, squeeze=False)
+    for empty in panels.flat[len(grids) :]:
+        empty.set_visible(False)
+    for panel, (title, shares) in zip(panels.flat, grids.items(), strict=False):
+        layers = sorted({layer for layer, _ in shares}, key=lambda layer: (len(layer), layer))  # 2 before 10
+        kinds = list(dict.fromkeys(kind for _, kind in shares))
         grid = [[np.mean(shares.get((layer, kind), [math.nan])) for kind in kinds] for layer in layers]
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         panel.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=7)
         panel.set_yticks(range(len(layers)), [layer.rpartition(".")[2] or "none" for layer in layers], fontsize=7)
         panel.set_title(title, fontsize=8)
-    panels[0].set_ylabel("layer")
-    made.colorbar(image, ax=panels[-1], label="share of silent activations")
+    for row in panels:
+        row[0].set_ylabel("layer")
+    made.colorbar(image, ax=panels, label="share of silent activations")
     made.suptitle(study.title)
     return made
 
@@ -126,7 +132,7 @@ def _gradients(study: Study, lines: Lines) -> Figure | None:
     panels = made.subplots(1, 2)
     for part, panel in zip("AB", panels, strict=True):
         for cell in [cell for cell in study.cells if not cell.is_baseline]:
-            baseline = baseline_of(cell, study)
+            baseline = beside(cell, study)
             ours, theirs = of_cell(cell, lines), of_cell(baseline, lines) if baseline else {}
             if not (seeds := sorted(ours.keys() & theirs.keys())):
                 continue
@@ -134,6 +140,8 @@ def _gradients(study: Study, lines: Lines) -> Figure | None:
             shared = [name for name in x if x[name] > 0 and y.get(name, 0) > 0]
             panel.plot([x[n] for n in shared], [y[n] for n in shared], ".", label=cell.label)
         panel.set(title=f"gradient of {part}", xlabel="LoRA", ylabel="the other method", xscale="log", yscale="log")
+        if not panel.lines:
+            return None
         limits = [min(panel.get_xlim()[0], panel.get_ylim()[0]), max(panel.get_xlim()[1], panel.get_ylim()[1])]
         panel.plot(limits, limits, color="0.6", linewidth=1)
     panels[0].legend(fontsize=7)

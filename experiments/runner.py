@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,19 +22,24 @@ from .train import processes, train, versions
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def prepare(study: Study, store: Store) -> None:
-    """Check results, data and models before anything runs; the study itself was checked when it was read.
+def prepare(study: Study, runs: list[Run], store: Store) -> None:
+    """Check results, and what some runs of a study need, before anything runs; the study itself was checked as read.
 
     Raises:
         StudyError: with the line of the study, of the results or of the data.
     """
     store.check()
-    for task in dict.fromkeys(run.task for run in study.runs):
+    n = processes().num_processes
+    if any(run.batch_size % n for run in runs):
+        raise StudyError(
+            f"{study.path}: `batch_size` is of all {n} processes together, and cannot be shared out to them"
+        )
+    for task in dict.fromkeys(run.task for run in runs):
         try:
             TASKS[task].load()
         except TaskError as error:
             raise StudyError(f"{study.where('task')}: the task `{task}` cannot be used: {error}") from error
-    for model, task in dict.fromkeys((run.model, run.task) for run in study.runs):
+    for model, task in dict.fromkeys((run.model, run.task) for run in runs):
         try:
             models.check(model, TASKS[task])
         except models.ModelError as error:
@@ -66,6 +72,11 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
         try:
             for future in as_completed([pool.submit(run_one, run, store, retry) for run in runs]):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise StudyError(
+                "A worker was killed, as systems do that run out of memory. What was finished is kept: run the study "
+                "again, perhaps with fewer --workers."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -96,9 +107,13 @@ def run_one(run: Run, store: Store, retry: bool, bar: bool = False) -> str:
             return verdict[0]
         try:
             line = train(run, bar)
+            if state.is_main_process:
+                store.put(run, line)
+            return "done"
         except Exception as error:  # whatever it is: the other runs go on, and this one can be retried
-            text = f"{type(error).__name__}: {error}".replace(str(ROOT), ".")[:1000]
-            line = {"status": "failed", "error": text, "versions": versions(), "where": {}}
-        if state.is_main_process:
-            store.put(run, line)
-        return line["status"]
+            if state.is_main_process:
+                text = f"{type(error).__name__}: {error}".replace(str(ROOT), ".")[:1000]
+                store.put(run, {"status": "failed", "error": text, "versions": versions(), "where": {}})
+            if state.num_processes > 1:  # the others wait for this one, until the launcher ends them all
+                raise
+            return "failed"

@@ -89,7 +89,9 @@ class Store:
                 f"{where}: written by version {found} of the schema, and this is version {SCHEMA}; keep those results "
                 "in a folder of their own, and give another one by --results"
             )
-        if line.keys() < _KEYS or line["key"] != key_of(line["config"]) or line["key"] != path.stem:
+        if not line.keys() >= _KEYS | ({"result"} if line.get("status") == "done" else {"error"}):
+            raise StudyError(f"{where}: a part of the result is missing; remove the file, and the run is done again")
+        if line["key"] != key_of(line["config"]) or line["key"] != path.stem:
             raise StudyError(f"{where}: key, configuration and file name do not belong together; remove the file")
         return line
 

@@ -18,7 +18,7 @@ from spikelora import SpikeLoraError
 from .methods import METHODS, adapter_config
 from .tasks import TASKS
 
-SCHEDULES = ("linear", "cosine", "constant")
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 
 class StudyError(Exception):
@@ -53,7 +53,7 @@ class Run:
     position: str | None = None
     # Training.
     epochs: int = 4
-    batch_size: int = 32
+    batch_size: int = 32  # of all processes together
     schedule: str = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.01
@@ -77,12 +77,19 @@ def key_of(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one method at one point of the grid, one for each seed; what a line of a table is made of."""
+    """The runs of one method at one point of the grid, one for each seed; what a line of a table is made of.
+
+    It is compared with plain LoRA at the same point and, where `against` names one, with another method there.
+    """
 
     point: tuple[tuple[str, Any], ...]
     label: str
     runs: tuple[Run, ...]
-    is_baseline: bool
+    against: str | None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.label == "lora"
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Study:
     title: str
     question: str
     finding: str
+    compare: str | None
     show: tuple[str, ...]
     order: int
     lines: dict[str, int] = field(repr=False)
@@ -103,12 +111,17 @@ class Study:
     def runs(self) -> list[Run]:
         return list({run.key: run for cell in self.cells for run in cell.runs}.values())
 
+    def compared(self, cell: Cell) -> str:
+        """The figure in which a cell is compared with others: `compare`, else the first metric of its task."""
+        return self.compare or TASKS[cell.runs[0].task].metrics[0]
+
     def where(self, key: str) -> str:
         """File and line of a key."""
         return f"{self.path}, line {self.lines[key]}"
 
 
-_KEYS = {"title", "question", "finding", "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
+_TEXTS = ("title", "question", "finding", "compare")
+_KEYS = {*_TEXTS, "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
 _SHOWN = ("sweep", "modules", "gradients", "history")
 _TYPES = {f.name: f.type for f in fields(Run)}
 _OWN = {"v_threshold", "tau", "target_sparsity", "learn_threshold", "rate", "position"}
@@ -165,7 +178,7 @@ class _Reader:
         for key in ("title", "seeds", "methods"):
             if not values.get(key):
                 self.fail(key, f"`{key}` is missing or empty")
-        for key in ("title", "question", "finding"):
+        for key in _TEXTS:
             if not isinstance(values.get(key, ""), str):
                 self.fail(key, f"`{key}` must be text, got {values[key]!r}")
         for key, kind, name in (("settings", dict, "table"), ("grid", dict, "table"), ("methods", list, "list")):
@@ -176,6 +189,9 @@ class _Reader:
         show = values.get("show", [])
         if not isinstance(show, list) or any(name not in _SHOWN for name in show):
             self.fail("show", f"`show` must be a list of {', '.join(_SHOWN)}, got {show!r}")
+        self.once(values, values.get("settings", {}), values.get("grid", {}))
+        if not values.get("grid", {"": 0}):
+            self.fail("grid", "`grid` is empty; give it a list, or leave it out")
         shared = {key: values[key] for key in ("model", "task") if key in values} | values.get("settings", {})
         for key, value in shared.items():
             self.check(key, value, _OWN | {"method", "seed"})
@@ -183,10 +199,14 @@ class _Reader:
         grid = values.get("grid", {})
         grid = {key: self.options(key, value, _OWN | {"method", "seed"}) for key, value in grid.items()}
         cells = tuple(
-            Cell(tuple(point.items()), label, self.runs(shared | point | own, seeds, nth), label == "lora")
+            Cell(tuple(point.items()), label, self.runs(shared | point | own, seeds, nth), against)
             for point in _product(grid)
-            for nth, label, own in self.methods()
+            for nth, label, own, against in self.methods(grid)
         )
+        compare = values.get("compare")
+        for metrics in [TASKS[cell.runs[0].task].metrics for cell in cells] if compare else ():
+            if compare not in (*metrics, "loss"):
+                self.fail("compare", f"`compare` must be one of {', '.join(dict.fromkeys((*metrics, 'loss')))}")
         names = [(cell.point, cell.label) for cell in cells]
         twice = [label for (point, label) in names if names.count((point, label)) > 1]
         if twice:
@@ -194,18 +214,33 @@ class _Reader:
         if not any(cell.is_baseline for cell in cells):
             self.fail("methods", 'no plain `name = "lora"` to compare with; add it')
         texts = {key: " ".join(values.get(key, "").split()) for key in ("title", "question", "finding")}
+        texts["compare"] = compare
         lines = {key: self.line(key, None) for key in ("task", "model")}
         show, order = tuple(values.get("show", ())), values.get("order", 100)
         return Study(name=self.path.stem, path=self.path, cells=cells, show=show, order=order, lines=lines, **texts)
 
-    def methods(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Each method with the values of its own: which table of the file, a label, and the fields of its runs."""
+    def once(self, top: dict[str, Any], settings: dict[str, Any], grid: dict[str, Any]) -> None:
+        """A key that stands in two places of which neither is meant to override the other is refused."""
+        for key in grid.keys() & (settings.keys() | top.keys()) | settings.keys() & top.keys():
+            self.fail(key, f"`{key}` is given twice, at the top, in `settings` or in `grid`")
+
+    def methods(self, grid: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any], str | None]]:
+        """Each method: which table of the file, a label, the fields of its runs, and what else it is compared with."""
+        labels = {label for _, label, _, _ in self.each_method(grid)}
+        for nth, label, own, against in self.each_method(grid):
+            if against is not None and against not in labels - {label}:
+                self.fail("against", f"`against` is {against!r}; there are {', '.join(sorted(labels - {label}))}", nth)
+            yield nth, label, own, against
+
+    def each_method(self, grid: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any], str | None]]:
         for nth, method in enumerate(self.values["methods"]):
             if not isinstance(method, dict) or "name" not in method:
                 self.fail("methods", "each of `methods` needs a `name`", nth)
             name = method["name"]
             self.check("method", name, set(), nth, key="name")
-            own = {key: value for key, value in method.items() if key != "name"}
+            own = {key: value for key, value in method.items() if key not in ("name", "against")}
+            for key in own.keys() & grid.keys():
+                self.fail(key, f"`{key}` is given in `grid` as well", nth)
             foreign = (_OWN - METHODS[name].keys()) | {"method", "seed", "model", "task"}
             options = {
                 key: self.options(key, value if isinstance(value, list) else [value], foreign, nth)
@@ -215,8 +250,16 @@ class _Reader:
             for needed in [key for key, value in defaults.items() if value is ... and key not in own]:
                 self.fail("name", f"`{name}` needs a `{needed}`", nth)
             for point in _product(options):
-                label = " ".join([name, *(f"{key}={as_text(value)}" for key, value in point.items())])
-                yield nth, label, {"method": name, **defaults, **point}
+                words = {key: as_text(value) for key, value in point.items()}
+                label = " ".join([name, *(f"{key}={word}" for key, word in words.items())])
+                yield nth, label, {"method": name, **defaults, **point}, self.other(method, words, nth)
+
+    def other(self, method: dict[str, Any], words: dict[str, str], nth: int) -> str | None:
+        """The label that `against` stands for, in which `{v_threshold}` is the method's own."""
+        try:
+            return method["against"].format(**words) if "against" in method else None
+        except (AttributeError, KeyError, IndexError, ValueError):
+            self.fail("against", f"`against` must be the label of a method, got {method['against']!r}", nth)
 
     def runs(self, values: dict[str, Any], seeds: list[int], nth: int) -> tuple[Run, ...]:
         for needed in ("model", "task", "learning_rate"):

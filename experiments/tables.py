@@ -11,25 +11,28 @@ from .store import Store
 from .study import Cell, Study, as_text
 from .tasks import TASKS
 
+_LONGEST = 200  # characters of an error or a warning
 Lines = dict[str, dict[str, Any]]
 NOTE = (
     "Mean ± standard deviation over seeds [95 % confidence interval]; differences to LoRA are paired by seed; p is of "
-    "the paired t test, corrected by Holm's method within the table. Bold: p < 0.05 over at least 3 seeds, and nothing "
-    "else."
+    "the paired t test, corrected by Holm's method for all differences of the table. "
+    "Bold: p < 0.05 over at least 3 seeds in a table that is complete, and nothing else."
 )
 
 
 def markdown(study: Study, store: Store) -> str:
     """All tables of a study, or what there is instead."""
     lines = store.done(study.runs)
-    failed = sum(1 for run in study.runs if (line := store.get(run)) and line["status"] == "failed")
+    failed = {run.key: line["error"] for run in study.runs if (line := store.get(run)) and line["status"] == "failed"}
+    pending = len(study.runs) - len(lines) - len(failed)
     if not lines:
-        return f"*Not run: {len(study.runs)} runs are pending{f', {failed} of them failed' if failed else ''}.*\n"
+        return f"*Not run: {pending} runs are pending{f', {len(failed)} failed' if failed else ''}.*\n"
     parts = []
-    if len(lines) < len(study.runs):
-        parts.append(f"*Incomplete: {len(lines)} of {len(study.runs)} runs, {failed} failed.*")
-    parts.append(_table(*_compared(study, lines)))
+    if pending:
+        parts.append(f"*Incomplete: {pending} of {len(study.runs)} runs are pending.*")
+    parts.append(_table(*_compared(study, lines, failed, is_complete=not pending)))
     parts += [_table(*made) for name in study.show if (made := _MORE.get(name, lambda *_: None)(study, lines))]
+    parts += _remarks(study, lines, failed)
     parts.append(_spent(list(lines.values())))
     return "\n\n".join(parts) + "\n"
 
@@ -37,6 +40,12 @@ def markdown(study: Study, store: Store) -> str:
 def of_cell(cell: Cell, lines: Lines) -> dict[int, dict[str, Any]]:
     """The lines of a cell's runs that are done, by seed."""
     return {run.seed: lines[run.key] for run in cell.runs if run.key in lines}
+
+
+def modules_of(cell: Cell, lines: Lines) -> list[dict[str, Any]]:
+    """The figures of all gates, over the modules and the seeds of a cell."""
+    sparsities = (line["result"].get("sparsity", {}) for line in of_cell(cell, lines).values())
+    return [module for found in sparsities for module in found.get("by_module", {}).values()]
 
 
 def figure(line: dict[str, Any], name: str) -> float:
@@ -48,57 +57,80 @@ def figure(line: dict[str, Any], name: str) -> float:
     return math.nan
 
 
-def baseline_of(cell: Cell, study: Study) -> Cell | None:
-    return next((other for other in study.cells if other.is_baseline and other.point == cell.point), None)
+def beside(cell: Cell, study: Study, label: str | None = "lora") -> Cell | None:
+    """The cell of another method at the same point of the grid; None where there is none, or it is this one."""
+    found = (other for other in study.cells if other.label == label != cell.label and other.point == cell.point)
+    return next(found, None)
 
 
-def _compared(study: Study, lines: Lines) -> tuple[list[str], list[list[str]]]:
-    """The metrics of each cell, against LoRA at the same point of the grid."""
+def _compared(
+    study: Study, lines: Lines, failed: dict[str, str], is_complete: bool
+) -> tuple[list[str], list[list[str]]]:
+    """The metrics of each cell, against LoRA at the same point of the grid and against what the study names."""
     metrics = list(dict.fromkeys(m for cell in study.cells for m in TASKS[cell.runs[0].task].metrics))
-    firsts = list(dict.fromkeys(TASKS[cell.runs[0].task].metrics[0] for cell in study.cells))
-    others = [name for name in metrics if name not in firsts] + ([] if "loss" in firsts else ["loss"])
-    varied = [name for name, _ in study.cells[0].point]
-    differences = [_to_baseline(cell, study, lines) for cell in study.cells]
-    ps = iter(holm([d.p for d in differences if d]))
-    head = [*varied, "method", "seeds", firsts[0] if len(firsts) == 1 else "metric", "difference to LoRA", "p"]
+    firsts = list(dict.fromkeys(study.compared(cell) for cell in study.cells))
+    others = [name for name in dict.fromkeys([*metrics, "loss"]) if name not in firsts]
+    on_cpu = all("CPU" in line["where"]["device"] for line in lines.values())
+    head = [*(name for name, _ in study.cells[0].point), "method", "seeds"]
     head += [
-        *(f"held-out {name}" if name == "loss" else name for name in others),
-        "gap",
-        "sparsity",
-        "at threshold 0",
-        "silent tokens",
-        "dead before, after",
-        "CPU min",
+        _title(firsts[0]) if len(firsts) == 1 else "metric",
+        "difference to LoRA",
+        "p",
+        "against",
+        "difference",
+        "p",
     ]
+    head += [*map(_title, others), "gap", "sparsity", "at threshold 0", "silent tokens", "dead before, after"]
+    head.append("CPU min" if on_cpu else "min")
+    pairs = [_difference(cell, study, lines, label) for cell in study.cells for label in ("lora", cell.against)]
+    corrected = iter(holm([pair.p if pair else math.nan for pair in pairs]))
+    differences = iter([_difference_text(pair, p, is_complete) for pair, p in zip(pairs, corrected, strict=True)])
     body = []
-    for cell, to_lora in zip(study.cells, differences, strict=True):
+    for cell in study.cells:
         found = of_cell(cell, lines)
-        task = TASKS[cell.runs[0].task]
-        first = task.metrics[0]
+        to_lora, to_other = next(differences), next(differences)
         row = [as_text(value) for _, value in cell.point]
-        label = f"{cell.label} (r = {rank})" if (rank := _other_rank(cell, found)) else cell.label
-        row += [label, f"{len(found)} of {len(cell.runs)}" if len(found) < len(cell.runs) else str(len(found))]
+        row.append(f"{cell.label} (r = {rank})" if (rank := _other_rank(cell, found)) else cell.label)
+        n_failed = sum(run.key in failed for run in cell.runs)
+        row.append(str(len(found)) + (f" of {len(cell.runs)}" if len(found) < len(cell.runs) else ""))
+        row[-1] += f", {n_failed} failed" if n_failed else ""
         if not found:
             body.append([*row, *[""] * (len(head) - len(row))])
             continue
+        first = study.compared(cell)
         row.append(("" if len(firsts) == 1 else f"{first} ") + _with_interval(_over(found, first)))
-        row += _difference(to_lora, next(ps)) if to_lora else ["", ""]
-        row += [_with_sd(_over(found, name)) for name in others]
-        row += [_with_sd(_over(found, name)) for name in ("generalisation_gap", "sparsity")]
-        row += [_share(_over(found, name)) for name in ("zero_threshold_sparsity", "silent_tokens")]
+        row += [*to_lora, (cell.against or "") if to_other[0] else "", *to_other]
+        row += [_with_sd(_over(found, name)) for name in (*others, "generalisation_gap", "sparsity")]
+        # Masks that do not look at the activation are no thresholds.
+        looks = cell.runs[0].method not in ("random_mask", "dropout")
+        row.append(_mean(_over(found, "zero_threshold_sparsity")) if looks else "")
+        row.append(_mean(_over(found, "silent_tokens")))
         dead = [_over(found, name).mean for name in ("dead_at_start", "dead_at_end")]
         row.append("" if math.isnan(dead[0]) else f"{dead[0]:.3g}, {dead[1]:.3g}")
-        body.append([*row, f"{_over(found, 'training_cpu_seconds').mean / 60:.2g}"])
+        seconds = _over(found, "training_cpu_seconds" if on_cpu else "training_seconds").mean
+        body.append([*row, f"{seconds / 60:.2g}"])
     return head, body
 
 
-def _to_baseline(cell: Cell, study: Study, lines: Lines) -> Difference | None:
-    baseline = baseline_of(cell, study)
-    if cell.is_baseline or baseline is None:
+def _title(figure: str) -> str:
+    return "held-out loss" if figure == "loss" else figure
+
+
+def _difference(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
+    """Of a cell to another at the same point of the grid, over the seeds whose runs saw the same rows on one device."""
+    other = beside(cell, study, label)
+    if other is None:
         return None
-    first = TASKS[cell.runs[0].task].metrics[0]
-    values, base = ({s: figure(line, first) for s, line in of_cell(c, lines).items()} for c in (cell, baseline))
-    return difference(values, base)
+    ours, theirs = of_cell(cell, lines), of_cell(other, lines)
+    seeds = [seed for seed in ours.keys() & theirs.keys() if _circumstances(ours[seed]) == _circumstances(theirs[seed])]
+    name = study.compared(cell)
+    return difference(*({seed: figure(found[seed], name) for seed in seeds} for found in (ours, theirs)))
+
+
+def _circumstances(line: dict[str, Any]) -> list[Any]:
+    """What has to be the same in a pair beside seed and settings; `pydoc` is another text in each Python."""
+    rows = [line["result"].get(name) for name in ("train_rows", "eval_rows")]
+    return [*rows, line["where"]["device"]]
 
 
 def _over(found: dict[int, dict[str, Any]], name: str) -> Summary:
@@ -117,13 +149,13 @@ def _gradients(study: Study, lines: Lines) -> tuple[list[str], list[list[str]]] 
     head += ["gradient of A", "of B", "A / LoRA's", "B / LoRA's", "correlation over modules, A", "B"]
     body = []
     for cell in study.cells:
-        baseline = baseline_of(cell, study)
+        baseline = beside(cell, study)
         found, base = of_cell(cell, lines), of_cell(baseline, lines) if baseline else {}
         if not found:
             continue
         row = [*(as_text(value) for _, value in cell.point), cell.label]
         row += [_with_sd(summary([_norm(line, part) for line in found.values()])) for part in "AB"]
-        seeds = [] if cell.is_baseline else sorted(found.keys() & base.keys())
+        seeds = sorted(found.keys() & base.keys())
         for measure in (_ratio, _correlation):
             for part in "AB":
                 values = [measure(found[s], base[s], part) for s in seeds]
@@ -152,9 +184,8 @@ def _modules(study: Study, lines: Lines) -> tuple[list[str], list[list[str]]] | 
     body, kinds = [], []
     for cell in study.cells:
         shares: dict[str, list[float]] = {}
-        for line in of_cell(cell, lines).values():
-            for module in line["result"].get("sparsity", {}).get("by_module", {}).values():
-                shares.setdefault(module["kind"], []).append(module["sparsity"])
+        for module in modules_of(cell, lines):
+            shares.setdefault(module["kind"], []).append(module["sparsity"])
         if shares:
             kinds = kinds or list(shares)
             row = [*(as_text(value) for _, value in cell.point), cell.label]
@@ -163,6 +194,20 @@ def _modules(study: Study, lines: Lines) -> tuple[list[str], list[list[str]]] | 
 
 
 _MORE = {"gradients": _gradients, "modules": _modules}
+
+
+def _remarks(study: Study, lines: Lines, failed: dict[str, str]) -> list[str]:
+    """What failed, and what the package warned of, such as a target that was missed; as often as it happened."""
+    remarks: dict[str, int] = {}
+    for cell in study.cells:
+        where = ", ".join([cell.label, *(f"{name} {as_text(value)}" for name, value in cell.point)])
+        errors = [failed[run.key] for run in cell.runs if run.key in failed]
+        warned = [w for line in of_cell(cell, lines).values() for w in line["result"].get("warnings", ())]
+        for text in [*errors, *warned]:
+            shown = f"{where}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '...'}"
+            remarks[shown] = remarks.get(shown, 0) + 1
+    lists = [f"- {text}" + (f" ({n} times)" if n > 1 else "") for text, n in remarks.items()]
+    return ["\n".join(lists)] if lists else []
 
 
 def _spent(lines: Sequence[dict[str, Any]]) -> str:
@@ -185,9 +230,11 @@ def _table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(kept), *lines[1:]])
 
 
-def _difference(found: Difference, p: float) -> list[str]:
+def _difference_text(found: Difference | None, p: float, is_complete: bool) -> list[str]:
+    if found is None:
+        return ["", ""]
     text = f"{found.mean:+.3f}" + ("" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]")
-    if found.n >= ENOUGH and p < LEVEL:
+    if is_complete and found.n >= ENOUGH and p < LEVEL:
         text = f"**{text}**"
     return [text, "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"]
 
@@ -197,10 +244,8 @@ def _with_interval(s: Summary) -> str:
 
 
 def _with_sd(s: Summary) -> str:
-    if math.isnan(s.mean):
-        return ""
-    return f"{s.mean:.3f}" + ("" if math.isnan(s.sd) else f" ± {s.sd:.3f}")
+    return _mean(s) + ("" if math.isnan(s.sd) else f" ± {s.sd:.3f}")
 
 
-def _share(s: Summary) -> str:
+def _mean(s: Summary) -> str:
     return "" if math.isnan(s.mean) else f"{s.mean:.3f}"

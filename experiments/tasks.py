@@ -45,11 +45,6 @@ class Task:
     def is_language(self) -> bool:
         return self.labels == 0
 
-    @property
-    def rises(self) -> bool:
-        """Whether more of the first metric is better."""
-        return not self.is_language
-
 
 # Metrics -------------------------------------------------------------------------------------------------------------
 
@@ -151,8 +146,11 @@ def _subj() -> Rows:
 
 def _shakespeare() -> Rows:
     """The last tenth of the text is held out."""
-    text = _file("tinyshakespeare/input.txt").read_text()
-    end = text.index("\n\n", len(text) * 9 // 10)
+    name = "tinyshakespeare/input.txt"
+    text = "\n".join(_lines(name))
+    end = text.find("\n\n", len(text) * 9 // 10)
+    if end < 0:
+        raise TaskError(f"{name}: needs an empty line in its last tenth, behind which it is held out")
     return Rows([Row(text[:end], None, None)], [Row(text[end:], None, None)])
 
 

@@ -54,7 +54,13 @@ def train(run: Run, bar: bool = False) -> dict[str, Any]:
         torch.set_num_threads(threads)
     # What the package warns of belongs to the result; the libraries' own remarks do not.
     result["warnings"] = [str(w.message) for w in caught if w.category is RuntimeWarning]
-    where = {"device": _device(), "threads": 1, **seconds, "total_seconds": time.perf_counter() - started}
+    where = {
+        "device": _device(),
+        "threads": 1,
+        "processes": processes().num_processes,
+        **seconds,
+        "total_seconds": time.perf_counter() - started,
+    }
     where["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"status": "done", "result": result, "versions": versions(), "where": where}
 
@@ -96,9 +102,8 @@ class _Training:
     def run(self) -> tuple[dict[str, Any], dict[str, float]]:
         run = self.settings
         order = np.random.default_rng(run.seed)
-        processes = self.accelerator.num_processes
-        n_batches = math.ceil(len(self.train_rows) / run.batch_size) // processes or 1
-        steps = run.epochs * n_batches
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        steps = run.epochs * math.ceil(len(self.train_rows) / run.batch_size)
         optimizer = torch.optim.AdamW(self._groups(), lr=run.learning_rate)
         scheduler = get_scheduler(run.schedule, optimizer, math.ceil(run.warmup * steps), steps)
         state = SimpleNamespace(global_step=0, max_steps=steps, is_world_process_zero=True)
@@ -113,9 +118,9 @@ class _Training:
                 trained.train()
                 loss_sum, norms = torch.zeros((), device=self.device), []
                 batches = batches_of(self.train_rows, run.batch_size, order)
-                mine = batches[self.accelerator.process_index :: processes][:n_batches]
-                for batch in mine:
-                    loss = trained(**self._collate([self.train_rows[n] for n in batch])).loss
+                for batch in batches:
+                    mine = batch[rank::processes] or batch[:1]  # all take part in each step
+                    loss = trained(**self._collate([self.train_rows[n] for n in mine])).loss
                     self.accelerator.backward(loss)
                     norms.append(torch.stack(torch._foreach_norm([p.grad for *_, p in self.adapters])))
                     nn.utils.clip_grad_norm_(self._trained(), run.clipping)
@@ -127,10 +132,10 @@ class _Training:
                     if control:
                         control.on_step_end(self._arguments(), state, None)
                     bar.update()
+                norms_of_epochs.append(torch.stack(norms).mean(0).cpu())  # which waits for the device
                 wall += time.perf_counter() - wall_begin
                 cpu += time.process_time() - cpu_begin
-                norms_of_epochs.append(torch.stack(norms).mean(0).cpu())
-                train_loss = loss_sum.item() / len(mine)
+                train_loss = self.accelerator.reduce(loss_sum, "mean").item() / len(batches)
                 if not math.isfinite(train_loss):
                     raise Diverged(f"the loss is not finite after {state.global_step} of {steps} steps")
                 end = self.evaluate(self.held_out)
