@@ -21,6 +21,7 @@ from spikelora import (
     SpikeLoraError,
     prune_ranks,
 )
+from spikelora.__main__ import main
 from spikelora.callbacks import _sample
 from spikelora.observe import gates
 
@@ -87,10 +88,9 @@ def test_logs_with_each_loss_and_each_evaluation(tmp_path):
 
 def test_the_training_logs_cover_every_token_since_the_last(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, spiking(), gradient_accumulation_steps=2)
-    callback = SparsityCallback(trainer)
-    trainer.add_callback(callback)
-    reports, report = [], callback._training.report
-    monkeypatch.setattr(callback._training, "report", lambda: reports.append(report()) or reports[-1])
+    trainer.add_callback(SparsityCallback(trainer))
+    reports, report = [], SparsityMeter.report
+    monkeypatch.setattr(SparsityMeter, "report", lambda meter: reports.append(report(meter)) or reports[-1])
     trainer.train()
 
     # 5 updates of 2 x 4 rows with 12 tokens that are no padding, in 12 modules
@@ -105,6 +105,36 @@ def test_evaluate_alone_returns_the_figures(tmp_path):
 
     assert 0 < metrics["test_sparsity"] < 1
     assert 0 < metrics["test_sparsity/fc1"] < 1
+
+
+def test_an_evaluation_is_left_for_the_report(tmp_path):
+    model = spiking()
+    trainer = make_trainer(tmp_path / "run", model)
+    trainer.add_callback(SparsityCallback(trainer))
+    metrics = trainer.evaluate()
+    trainer.save_model()
+
+    assert json.loads((tmp_path / "run" / "sparsity.json").read_text())["sparsity"] == metrics["eval_sparsity"]
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
+    assert ended.value.code == 0
+    assert f"{metrics['eval_sparsity']:.1%}" in (tmp_path / "page.html").read_text()
+
+
+def test_a_checkpoint_has_the_sparsity_of_its_step_and_nothing_is_logged_behind_the_end(tmp_path):
+    class Ended(Reporter):
+        def on_train_end(self, args, state, control, **kwargs):
+            self.seen.clear()
+
+    reporter = Ended()
+    options = {"logging_steps": 10, "save_strategy": "steps", "save_steps": 10}
+    trainer = make_trainer(tmp_path, spiking(), [reporter], **options)
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+
+    state = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "sparsity" in entry] == [10]
+    assert not reporter.seen
 
 
 def test_watching_changes_nothing(tmp_path):
@@ -201,6 +231,33 @@ def test_collapse_is_named_once(tmp_path):
     assert "has fallen silent: sparsity 100.00%" in texts[1]
 
 
+def test_each_model_that_the_trainer_makes_is_warned_of(tmp_path):
+    arguments = {"logging_steps": 2, "max_steps": 2, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    trainer = Trainer(
+        model_init=lambda: spiking(threshold_pattern={"fc2": 1e6}),
+        args=TrainingArguments(output_dir=str(tmp_path), dataloader_pin_memory=False, **arguments),
+        train_dataset=ROWS,
+    )
+    trainer.add_callback(SparsityCallback(trainer))
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match="2 of 12 modules have never fired"):
+            trainer.train()
+
+
+def test_what_a_target_holds_is_not_warned_of_and_what_none_holds_is(tmp_path):
+    model = spiking(target_sparsity=0.9, target_tolerance=0.9, v_threshold=1e6)
+    model.add_adapter("free", SpikeLoraConfig(target_modules=["fc1"], v_threshold=1e6))
+    model.base_model.set_adapter(["default", "free"])
+    trainer = make_trainer(tmp_path, model, [SparsityControlCallback()], logging_steps=2)
+    trainer.add_callback(SparsityCallback(trainer))
+    with pytest.warns(RuntimeWarning) as caught:
+        trainer.train()
+    texts = [str(w.message) for w in caught if "never fired" in str(w.message)]
+    assert len(texts) == 1
+    assert texts[0].startswith("2 of 2 modules have never fired")
+    assert "fc1.free" in texts[0]
+
+
 def test_a_model_without_a_spiking_adapter(tmp_path):
     with pytest.raises(SpikeLoraError, match="no spiking adapter"):
         SparsityCallback(make_trainer(tmp_path, tiny_opt()))
@@ -277,6 +334,56 @@ def test_ending_far_from_the_target_is_said(tmp_path):
     model = spiking(target_sparsity=0.97)
     with pytest.warns(RuntimeWarning, match=r"Adapter 'default' ended at a sparsity of 0\.[0-9]+, further"):
         make_trainer(tmp_path, model, [SparsityControlCallback(gain=0.01, warmup_ratio=1.0)]).train()
+
+
+class WithReference(Trainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        with torch.no_grad():
+            model.base_model.set_adapter("ref", inference_mode=True)
+            model(**inputs)
+            model.base_model.set_adapter("default")
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_reference_beside_the_trained_adapter_is_neither_moved_nor_measured(tmp_path):
+    def run(kind, model, folder):
+        options = make_trainer(folder, model, eval_strategy="steps", eval_steps=5).args
+        trainer = kind(
+            model, options, train_dataset=ROWS, eval_dataset=ROWS[:10], callbacks=[SparsityControlCallback()]
+        )
+        trainer.add_callback(SparsityCallback(trainer))
+        trainer.train()
+        figures = [entry for entry in trainer.state.log_history if {"sparsity", "eval_sparsity"} & entry.keys()]
+        return figures, (folder / "sparsity.json").read_text()
+
+    alone, model = (spiking(target_sparsity=0.9, target_tolerance=0.9) for _ in range(2))
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL does, with the same configuration
+    assert run(WithReference, model, tmp_path / "both") == run(Trainer, alone, tmp_path / "alone")
+    assert {g.gate.v_threshold.item() for g in gates(model) if g.adapter == "ref"} == {0.0}
+
+
+def test_control_of_a_float64_model(tmp_path):
+    model = get_peft_model(
+        tiny_opt().double(), SpikeLoraConfig(target_modules=["fc1"], target_sparsity=0.9, target_tolerance=0.5)
+    )
+    make_trainer(tmp_path, model, [SparsityControlCallback()]).train()
+    assert all(g.gate.v_threshold.item() != pytest.approx(0.1) for g in gates(model))
+
+
+def test_a_training_that_is_stopped_early_is_not_judged(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    with pytest.warns(
+        RuntimeWarning, match="ended after 4 of 10 steps, before it was judged whether `target_sparsity`"
+    ):
+        make_trainer(tmp_path, spiking(target_sparsity=0.9), [SparsityControlCallback(), Stop()]).train()
+
+
+def test_control_without_adapters(tmp_path):
+    with pytest.raises(SpikeLoraError, match="no spiking adapter"):
+        make_trainer(tmp_path, tiny_opt(), [SparsityControlCallback()]).train()
 
 
 def test_control_without_a_target(tmp_path):

@@ -289,6 +289,25 @@ class TestFromLora:
             assert_unchanged(model, before)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+class TestTiedLayers:
+    message = r"`lm_head` and `model\.decoder\.embed_tokens` share their matrices by `ensure_weight_tying`"
+
+    def tied(self, config_class):
+        return adapted(tiny_opt(), config_class, target_modules=["embed_tokens"], ensure_weight_tying=True)
+
+    def test_from_lora_refuses_them_and_leaves_the_model_as_it_was(self):
+        model = self.tied(LoraConfig)
+        before = fingerprint(model)
+        with pytest.raises(SpikeLoraError, match=self.message):
+            from_lora(model, BATCHES)
+        assert_unchanged(model, before)
+
+    def test_to_lora_refuses_them(self):
+        with pytest.raises(SpikeLoraError, match=self.message):
+            to_lora(self.tied(SpikeLoraConfig), BATCHES)
+
+
 class TestToLora:
     def test_the_regression_is_numpy_s(self):
         model = one(SpikeLoraConfig, v_threshold=0.3)

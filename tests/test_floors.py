@@ -34,6 +34,7 @@ FLOORS = {
     "convert": 4,
     "integrations": 4,
     "cli": 5,
+    "__main__": 6,
     "calibration_text": 5,
     "report": 5,
     "report_figures": 5,

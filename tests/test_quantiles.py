@@ -42,6 +42,8 @@ def test_many_numbers_keep_their_ranks(make, order):
     true = torch.searchsorted(numbers.sort().values, values) / len(numbers)
     assert (below - true).abs().max() < 1e-3
     assert len(values) < _SIZE * 9
+    kept = [*sketch._waiting, *(level for level in sketch._levels if level is not None)]
+    assert sum(part.untyped_storage().nbytes() for part in kept) == 4 * len(numbers[: sum(map(len, kept))])
     for target in (0.5, 0.9, 0.99):
         assert (below - target).abs().min() < 1e-3
 

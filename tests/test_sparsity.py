@@ -180,6 +180,48 @@ def test_several_adapters_each_by_itself():
     assert report.modules["transformer.h.0.mlp.c_fc.default"].tokens == 28
 
 
+def test_one_of_several_adapters():
+    model = spiking(tiny_gpt2())
+    model.add_adapter("other", SpikeLoraConfig(target_modules=["c_attn"]))
+    with SparsityMeter(model.eval(), adapters=["default"]) as meter:
+        model(input_ids=TOKENS)
+        one = meter.report()
+        model.set_adapter("other")
+        model(input_ids=TOKENS)
+
+    assert meter.report() == one
+    assert "transformer.h.0.mlp.c_fc" in one.modules
+
+
+def test_an_adapter_that_was_deleted_keeps_what_was_counted():
+    model = spiking(tiny_gpt2())
+    for name in ("counted", "never"):
+        model.add_adapter(name, SpikeLoraConfig(target_modules=["c_attn"]))
+    model.set_adapter("counted")
+    with SparsityMeter(model.eval()) as meter:
+        model(input_ids=TOKENS)
+    before = meter.report()
+    model.set_adapter("default")
+    for name in ("counted", "never"):
+        model.delete_adapter(name)
+
+    assert meter.report() == before
+    assert before.tokens == 2 * TOKENS.numel()
+
+
+def test_what_is_offloaded_is_refused():
+    model = spiking(tiny_opt())
+    gates(model)[3].gate.to("meta")
+    with pytest.raises(SpikeLoraError, match=f"The neuron of `{gates(model)[3].module}` is on the meta device"):
+        SparsityMeter(model).__enter__()
+
+
+def test_a_copy_on_another_device_is_refused():
+    model = spiking(tiny_opt())
+    with SparsityMeter(model), pytest.raises(SpikeLoraError, match=r"under `torch\.nn\.DataParallel`"):
+        gates(model)[0].gate.observers[0](torch.zeros(2, 4, device="meta"))
+
+
 def test_mixed_batches_leave_out_the_padding_of_their_own_rows():
     model = spiking(tiny_gpt2(), r=2)
     model.add_adapter("other", SpikeLoraConfig(r=2, target_modules="all-linear"))

@@ -16,7 +16,7 @@ from spikelora.config import check_target
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import is_grouped
 from spikelora.neuron import charge
-from spikelora.observe import Gated, Observer, gates, names, observing
+from spikelora.observe import Gated, Observer, configs_of, gates, names, observing
 from spikelora.quantiles import QuantileSketch
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
@@ -100,15 +100,10 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
             fired[gated] = passes.any(0) | fired[gated] if gated in fired else passes.any(0)
 
     run(model, batches, see, "looking for silent ranks")
-    configs: Any = getattr(model, "peft_config", None)
-    if configs is None:
-        raise SpikeLoraError(
-            f"This {type(model).__name__} has no `peft_config` to note the ranks in: give the model that "
-            "`get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
-        )
+    configs = configs_of(model)  # where the ranks are noted
     warn_of_unreached(model, fired, "their ranks stay as they are")
-    tied = _tied(fired)
-    kept = {gated: _kept(gated, fires, gated in tied) for gated, fires in fired.items()}
+    shared = tied(fired)
+    kept = {gated: _kept(gated, fires, gated in shared) for gated, fires in fired.items()}
     pruned = {gated: _parts(gated, keep) for gated, keep in kept.items() if not keep.all()}
     # Nothing can fail any more.
     for gated, (A, B) in pruned.items():
@@ -184,7 +179,7 @@ def _by_module(values: Mapping[Gated, Any]) -> dict[str, Any]:
     return dict(zip(names(values), values.values(), strict=True))
 
 
-def _tied(found: Iterable[Gated]) -> set[Gated]:
+def tied(found: Iterable[Gated]) -> set[Gated]:
     """Those that share an A or a B, as a head that is tied to its embedding does."""
     owners: dict[int, list[Gated]] = defaultdict(list)
     for gated in found:

@@ -1,9 +1,11 @@
 """Callbacks for transformers' Trainer and those of TRL: watching the sparsity, and holding it at a target."""
 
 import functools
+import json
 import math
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +15,17 @@ from transformers.trainer_callback import ExportableState
 
 from spikelora.errors import SpikeLoraError
 from spikelora.neuron import charge
-from spikelora.observe import Gated, add_up_processes, gates, observing, own_shard, whole
-from spikelora.sparsity import SparsityMeter, SparsityReport
+from spikelora.observe import (
+    DATA_PARALLEL,
+    Gated,
+    add_up_processes,
+    configs_of,
+    gates,
+    observing,
+    own_shard,
+    whole,
+)
+from spikelora.sparsity import SPARSITY_FILE, SparsityMeter, SparsityReport
 
 _COLLAPSE = 0.999  # overall silence that is warned of
 _NAMED = 8  # modules in one warning
@@ -33,11 +44,12 @@ class SparsityCallback(TrainerCallback):
         trainer.add_callback(SparsityCallback(trainer))
 
     Behind each training loss: `sparsity`, `silent_tokens` and `zero_threshold_sparsity` of everything since the last
-    one, and `sparsity/<kind>` by kind of module. With each evaluation the same over the whole evaluation set, as
-    `eval_sparsity` and so on, which are also put into the metrics that `evaluate()` returns: a search for
-    hyperparameters that adds up all metrics wants an objective of its own. Warns of modules that cannot learn, as they
-    never fired and their B is still 0, and of a model that has fallen silent, unless a
-    `SparsityControlCallback` is there for that.
+    one, and `sparsity/<kind>` by kind of module, of the adapters that are active when the training begins. With each
+    evaluation the same over the whole evaluation set, as `eval_sparsity` and so on, which are also put into the metrics
+    that `evaluate()` returns: a search for hyperparameters that adds up all metrics wants an objective of its own. The
+    evaluation by module and rank is left as `sparsity.json` in the trainer's `output_dir`, for `spikelora report`.
+    Warns of modules that cannot learn, as they never fired and their B is still 0, and of a model that has fallen
+    silent; not of adapters with a `target_sparsity` that a `SparsityControlCallback` holds.
 
     Args:
         trainer: the trainer that it is added to, whose model has a spiking adapter.
@@ -50,21 +62,27 @@ class SparsityCallback(TrainerCallback):
         _refuse_data_parallel(trainer.args)
         self._trainer = trainer
         self._model = trainer.model
-        self._training = SparsityMeter(self._model, training=True)
-        self._evaluation = SparsityMeter(self._model)
-        self._pending: dict[str, float] = {}
+        self._training = self._evaluation = _meter(self._model)
         self._fired: set[str] = set()
         self._warned: set[str] = set()
-        # No event announces an evaluation, so that the meter is put around the method that runs it.
-        evaluation_loop = trainer.evaluation_loop
+        # No event announces an evaluation, so that the meter is put around the method that runs it. What a callback
+        # adds to logs comes too late for reporters that come before it, and what it logs at the next event misses
+        # the checkpoint of this step: the loss's log is followed by another, when TRL's trainers have let go of theirs.
+        evaluation_loop, log = trainer.evaluation_loop, trainer.log
 
         @functools.wraps(evaluation_loop)
         def metered(*args: Any, **kwargs: Any) -> Any:
-            self._evaluation.reset()
+            self._evaluation = _meter(self._model)
             with self._evaluation:
                 return evaluation_loop(*args, **kwargs)
 
-        trainer.evaluation_loop = metered
+        @functools.wraps(log)
+        def followed(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            log(logs, *args, **kwargs)
+            if "loss" in logs and (figures := self._of_training()):
+                log(figures, *args, **kwargs)
+
+        trainer.evaluation_loop, trainer.log = metered, followed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -72,38 +90,12 @@ class SparsityCallback(TrainerCallback):
         self._training.__exit__()  # a training before this one may have been interrupted
         if model is not self._model:  # the trainer has made it anew, by `model_init`
             self._model = model
-            self._training, self._evaluation = SparsityMeter(model, training=True), SparsityMeter(model)
-        self._training.reset()
+            self._fired, self._warned = set(), set()
+        self._training = _meter(model, training=True)
         self._training.__enter__()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._training.__exit__()
-        self._log_pending()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._log_pending()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
-        if "loss" not in logs:
-            return
-        report = self._training.report()
-        self._training.reset()
-        if not report.tokens:
-            return
-        # Not added to `logs`, which reporters that come before this callback have read already; and not logged from
-        # within the trainer's own call, where TRL's trainers would log their metrics a second time.
-        self._pending = _figures(report, "")
-        warned = self._warnings(report)  # by all processes, as they may have shards of B
-        if state.is_world_process_zero:
-            for warning in warned:
-                warnings.warn(f"{warning} {_REMEDY}", RuntimeWarning, stacklevel=2)
 
     def on_evaluate(
         self,
@@ -113,7 +105,6 @@ class SparsityCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        self._log_pending()
         report = self._evaluation.report()
         runtimes = [name for name in metrics if name.endswith("_runtime")]
         prefix = min(runtimes, key=len).removesuffix("runtime") if runtimes else "eval_"
@@ -121,18 +112,34 @@ class SparsityCallback(TrainerCallback):
             figures = _figures(report, prefix)
             metrics.update(figures)
             self._trainer.log(figures)
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / SPARSITY_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
-    def _log_pending(self) -> None:
-        if self._pending:
-            figures, self._pending = self._pending, {}
-            self._trainer.log(figures)
+    def _of_training(self) -> dict[str, float]:
+        """The figures since they were last asked for, and warnings of what they show."""
+        report = self._training.report()
+        self._training.reset()
+        if not report.tokens:
+            return {}
+        warned = self._warnings(report)  # by all processes, as they may have shards of B
+        if self._trainer.is_world_process_zero():
+            for warning in warned:
+                warnings.warn(f"{warning} {_REMEDY}", RuntimeWarning, stacklevel=2)
+        return _figures(report, "")
 
     def _warnings(self, report: SparsityReport) -> list[str]:
-        if any(isinstance(other, SparsityControlCallback) for other in self._trainer.callback_handler.callbacks):
+        callbacks = self._trainer.callback_handler.callbacks
+        is_held = any(isinstance(other, SparsityControlCallback) for other in callbacks)
+        configs: Any = getattr(self._model, "peft_config", {}) if is_held else {}
+        held = {name for name, config in configs.items() if config.target_sparsity is not None}
+        own = {name: module for name, module in report.modules.items() if module.adapter not in held}
+        if not own:
             return []
         found = []
-        self._fired |= {name for name, module in report.modules.items() if module.sparsity < 1}
-        silent = report.modules.keys() - self._fired - self._warned
+        self._fired |= {name for name, module in own.items() if module.sparsity < 1}
+        silent = own.keys() - self._fired - self._warned
         gated = {(g.module, g.adapter): g for g in gates(self._model)} if silent else {}
         dead = []
         for name in sorted(silent):
@@ -144,13 +151,23 @@ class SparsityCallback(TrainerCallback):
             self._warned.update(dead)
             names = ", ".join(dead[:_NAMED]) + (f", and {len(dead) - _NAMED} more" if len(dead) > _NAMED else "")
             found.append(
-                f"{len(dead)} of {len(report.modules)} modules have never fired, and cannot learn while they are "
+                f"{len(dead)} of {len(own)} modules have never fired, and cannot learn while they are "
                 f"silent, as their B is still 0: {names}."
             )
         if report.sparsity > _COLLAPSE and "" not in self._warned:
             self._warned.add("")
             found.append(f"The adapter has fallen silent: sparsity {report.sparsity:.2%}.")
         return found
+
+
+def _meter(model: nn.Module, training: bool | None = None) -> SparsityMeter:
+    """Of the adapters that are active now: a reference policy, say, runs beside the one that is trained."""
+    return SparsityMeter(model, training, {gated.adapter for gated in gates(model) if _is_active(gated)})
+
+
+def _is_active(gated: Gated) -> bool:
+    layer: Any = gated.layer
+    return gated.adapter in layer.active_adapters
 
 
 def _figures(report: SparsityReport, prefix: str) -> dict[str, float]:
@@ -163,8 +180,9 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     """Holds each module at the `target_sparsity` of its configuration while it is trained.
 
     After each step the threshold goes a part of the way to the target quantile of the module's own activations in that
-    step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, the mean over micro-batches and processes. The
-    target itself rises from 0.5, what a symmetric activation has at threshold 0, over the first steps. A module that
+    step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, the mean over micro-batches and processes; after
+    the first step all of the way, wherever it was. The target itself rises from 0.5, what a symmetric activation has at
+    threshold 0, over the first steps. A module that
     never fires comes back to life so, as its threshold falls to its activations. The thresholds are saved with the
     adapter, in checkpoints as at the end. What is held is the sparsity of the training, under its dropout: without
     `lora_dropout` activations vary less, and the sparsity is higher.
@@ -174,7 +192,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         gain: share of the way that a threshold goes in one step.
 
     Raises:
-        SpikeLoraError: at the start of the training, where no spiking adapter has a `target_sparsity`, where it goes on
+        SpikeLoraError: at the start of the training, where no active adapter has a `target_sparsity`, where it goes on
             from a checkpoint without the checkpoint's thresholds, and under `torch.nn.DataParallel`.
     """
 
@@ -194,8 +212,10 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     ) -> None:
         self._context.close()
         _refuse_data_parallel(args)
-        configs: Any = model.peft_config
-        targets = {gated: configs[gated.adapter].target_sparsity for gated in gates(model)}
+        found = gates(model)
+        configs = configs_of(model)
+        # Of those that are trained: a reference policy has the configuration of the adapter that it is a copy of.
+        targets = {gated: configs[gated.adapter].target_sparsity for gated in found if _is_active(gated)}
         self._targets = {gated: target for gated, target in targets.items() if target is not None}
         self._goals = {g.adapter: (target, configs[g.adapter].target_tolerance) for g, target in self._targets.items()}
         if not self._targets:
@@ -232,7 +252,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         self._is_new = False
         for gated, (total, count) in zip(self._targets, sums, strict=True):
             v_threshold = own_shard(gated.gate.v_threshold)
-            moved = v_threshold.lerp((total / count.clamp(min=1)).to(v_threshold.device), gain)
+            moved = v_threshold.lerp((total / count.clamp(min=1)).to(v_threshold), gain)
             v_threshold.copy_(torch.where(count.to(v_threshold.device) > 0, moved, v_threshold))
         self._set_progress(state)
         if state.global_step <= (1 - _JUDGED) * state.max_steps:
@@ -241,6 +261,15 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         report = self._meter.report()
         self._context.close()
+        if state.global_step < (1 - _JUDGED) * state.max_steps:
+            if state.is_world_process_zero:
+                warnings.warn(
+                    f"The training ended after {state.global_step} of {state.max_steps} steps, before it was judged "
+                    "whether `target_sparsity` was reached: measure it with a `SparsityMeter`.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return
         for adapter, (target, tolerance) in self._goals.items():
             modules = [module for module in report.modules.values() if module.adapter == adapter and module.tokens]
             elements = [module.tokens * len(module.firing_rates) for module in modules]
@@ -294,7 +323,4 @@ def _sample(a: Tensor) -> Tensor | slice:
 
 def _refuse_data_parallel(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
-        raise SpikeLoraError(
-            f"Sparsity cannot be measured under `torch.nn.DataParallel`, which the trainer uses for {args.n_gpu} GPUs "
-            "in one process: start one process for each, by `torchrun` or `accelerate launch`, or show it one GPU."
-        )
+        raise SpikeLoraError(DATA_PARALLEL)

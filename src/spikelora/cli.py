@@ -5,7 +5,6 @@ Ends with 0 where all is well, 1 where a folder or file is not sound, and 2 for 
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,18 +45,6 @@ _TextField = Annotated[str, typer.Option("--text_field", help="Where the lines o
 _BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Texts of a batch.")]
 _CutoffLen = Annotated[int, typer.Option("--cutoff_len", min=1, help="Tokens of a text; longer ones are cut.")]
 _MaxBatches = Annotated[int | None, typer.Option("--max_batches", min=1, help="Batches to run; by default all.")]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command; by default with the arguments of the process."""
-    try:
-        app(args=arguments, prog_name="spikelora")
-    except SpikeLoraError as error:
-        sys.exit(str(error))  # to stderr, with status 1
-    except ModuleNotFoundError as error:
-        if error.name not in ("jinja2", "matplotlib", "rich"):
-            raise
-        sys.exit(f"{error}; install what the command uses with `pip install 'spikelora[report]'`.")
 
 
 @app.command(epilog="Example: spikelora inspect outputs/spikelora")
@@ -188,11 +175,14 @@ def _load(
     base = base_model or config.base_model_name_or_path
     if not base:
         raise typer.BadParameter(f"{adapter} does not say what base model it is for; name it with --base_model.")
+    auto_class = _auto_class(config.task_type)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base)
         # Before the base model, whose loading may take minutes.
         batches = list(islice(text_batches(data, tokenizer, text_field, batch_size, cutoff_len), max_batches))
-        loaded = _auto_class(config.task_type).from_pretrained(base, dtype="auto", device_map="auto")
+        loaded = auto_class.from_pretrained(base, dtype="auto", device_map="auto")
+    except SpikeLoraError:  # of the text, and a ValueError as well
+        raise
     except (OSError, ValueError) as error:
         raise SpikeLoraError(f"The base model {base} cannot be loaded: {error}\nName it with --base_model.") from error
     positions = getattr(loaded.config, "max_position_embeddings", None)
@@ -211,8 +201,8 @@ def _auto_class(task_type: str | None) -> Any:
     classes = {"CAUSAL_LM": "AutoModelForCausalLM", "FEATURE_EXTRACTION": "AutoModel", None: "AutoModelForCausalLM"}
     if task_type not in classes:
         raise SpikeLoraError(
-            f"An adapter for {task_type} needs inputs that a text alone does not make; call the function of the same "
-            "name in Python, with the batches of its training."
+            f"An adapter for {task_type} needs more than a text and the name of its base, such as other inputs or the "
+            "number of its labels: call the function of the same name in Python, with the batches of its training."
         )
     return getattr(transformers, classes[task_type])
 
@@ -245,7 +235,3 @@ def _writing(write: Any, *arguments: Any) -> Any:
         return write(*arguments)
     except OSError as error:
         raise SpikeLoraError(f"--output cannot be written: {error}.") from error
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spikelora.adapt import MAX_MISS, calibrate_thresholds, run, warn_of_unreached
+from spikelora.adapt import MAX_MISS, calibrate_thresholds, run, tied, warn_of_unreached
 from spikelora.config import SpikeLoraConfig, check_target
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import SpikingLayer, is_grouped, make_plain, make_spiking
@@ -66,6 +66,7 @@ def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_spa
     with ExitStack() as undo:
         undo.callback(_restore_lora, model, adapter, model.peft_config[adapter], layers)
         _open_gates(model, adapter, config, layers)
+        _refuse_tied(gates(model))
         for gated, signs in _signs(model, batches).items():
             undo.callback(_flip, gated, signs)
             _flip(gated, signs)
@@ -138,16 +139,16 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
             "`set_adapter`."
         )
     (adapter,) = model.active_adapters
-    for gated in gates(model):
+    found = [gated for gated in gates(model) if gated.adapter == adapter]
+    for gated in found:
         _refuse_groups(gated.module, gated.layer)
+    _refuse_tied(found)
     moments = {g: m for g, m in _second_moments(model, batches, "regressing").items() if g.adapter == adapter}
     warn_of_unreached(model, moments, "their update is 0 in the LoRA")
     state = model.state_dict()
     keys = {parameter: name for name, parameter in model.named_parameters()}
     errors = {}
-    for gated in gates(model):
-        if gated.adapter != adapter:
-            continue
+    for gated in found:
         parameter, B = _B(gated)
         if gated in moments:
             linear_B = (B.double() @ moments[gated].regression()).to(B.dtype)
@@ -322,6 +323,15 @@ def _refuse_groups(name: str, layer: Any) -> None:
         raise SpikeLoraError(
             f"`{name}` is a convolution with groups, whose B is in blocks, and cannot be turned from LoRA to SpikeLoRA "
             "or back: leave it out through `target_modules` or `exclude_modules` when the adapter is trained."
+        )
+
+
+def _refuse_tied(found: list[Gated]) -> None:
+    if shared := sorted(gated.module for gated in tied(found)):
+        raise SpikeLoraError(
+            f"{' and '.join(f'`{name}`' for name in shared)} share their matrices by `ensure_weight_tying`, and each "
+            "would need others: leave one out through `target_modules` or `exclude_modules` when the adapter is "
+            "trained."
         )
 
 

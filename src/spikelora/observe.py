@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
 
+DATA_PARALLEL = (
+    "Sparsity cannot be measured under `torch.nn.DataParallel`, as trainers use it for several GPUs in one process: "
+    "start one process for each, by `torchrun` or `accelerate launch`, or show it one GPU."
+)
+
 
 class Gated(NamedTuple):
     """One adapter's gate in one module, the module by its name in the model that was adapted."""
@@ -49,6 +54,21 @@ def gates(model: nn.Module) -> list[Gated]:
     return found
 
 
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """The configurations of a model's adapters, by their names.
+
+    Raises:
+        SpikeLoraError: where they are not at hand.
+    """
+    configs: Any = getattr(model, "peft_config", None)
+    if configs is None:
+        raise SpikeLoraError(
+            f"This {type(model).__name__} has no `peft_config`, where the settings of its adapters are: give the model "
+            "that `get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
+        )
+    return configs
+
+
 def names(gated: Iterable[Gated]) -> list[str]:
     """What reports call them: by their modules, or `<module>.<adapter>` where they are of several adapters."""
     gated = list(gated)
@@ -77,8 +97,18 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Call the observer with every low-rank activation that a gate sees, however its layer computes.
 
     What gradient checkpointing computes a second time, in the backward, is not shown again.
+
+    Raises:
+        SpikeLoraError: where the model has no spiking adapter, or one without values; and, while it runs, under
+            `torch.nn.DataParallel`.
     """
     found = gates(model)
+    for gated in found:
+        if gated.gate.tau.is_meta:
+            raise SpikeLoraError(
+                f"The neuron of `{gated.module}` is on the meta device, as what accelerate offloads is between two "
+                "runs: load the model where all of it has a device, without offloading to CPU or disk."
+            )
     with ExitStack() as stack, token_masks(model) as masks:
         layers = {gated.layer for gated in found}
         # All from the start: a compiler would compile anew as the dict grows.
@@ -94,6 +124,8 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
         def show(gated: Gated, a: Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # in a backward
                 return
+            if a.device != gated.gate.tau.device:  # in a copy of the model
+                raise SpikeLoraError(DATA_PARALLEL)
             mask, names = seen.by_layer[gated.layer]
             if mask is not None and names is not None:  # a batch whose rows have adapters of their own
                 mask = mask[[row for row, name in enumerate(names) if name == gated.adapter]]

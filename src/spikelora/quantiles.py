@@ -48,9 +48,9 @@ class QuantileSketch:
     def _carry(self, values: Tensor) -> None:
         for level, below in enumerate(self._levels):
             if below is None:
-                self._levels[level] = values
+                self._levels[level] = values.clone()  # not a view, which would keep all that it is a part of
                 return
             values = torch.cat((below, values)).sort().values[self._offset :: 2]
             self._offset = 1 - self._offset
             self._levels[level] = None
-        self._levels.append(values)
+        self._levels.append(values.clone())

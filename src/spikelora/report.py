@@ -15,9 +15,8 @@ from torch import Tensor
 from spikelora.adapter_files import check_weights, low_rank_names
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
+from spikelora.sparsity import SPARSITY_FILE
 
-# `SparsityReport.to_dict()` as JSON, which a run leaves beside its adapter.
-SPARSITY_FILE = "sparsity.json"
 METRICS_FILE = "metrics.json"
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "config.yaml"

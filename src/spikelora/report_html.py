@@ -6,8 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from spikelora.report import SPARSITY_FILE, Adapter, Run
+from spikelora.report import Adapter, Run
 from spikelora.report_figures import Grid, by_layer, plot_curves, shade
+from spikelora.sparsity import SPARSITY_FILE
 
 
 def summary(adapter: Adapter) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,10 @@ from spikelora.observe import Gated, add_up_processes, gates, names, observing, 
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+# Where a run leaves `SparsityReport.to_dict()` as JSON.
+SPARSITY_FILE = "sparsity.json"
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,18 @@ class SparsityMeter:
     Args:
         model: a model with spiking adapters.
         training: count the modules in training mode only (True), in evaluation mode only (False) or both (None).
+        adapters: count those adapters only; by default all.
 
     Raises:
-        SpikeLoraError: where the model has no spiking adapter.
+        SpikeLoraError: where the model has no spiking adapter, under `torch.nn.DataParallel`, and for what accelerate
+            has offloaded.
     """
 
-    def __init__(self, model: nn.Module, training: bool | None = None) -> None:
+    def __init__(self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | None = None) -> None:
         self._model = model
         self._training = training
-        self._gated = {(gated.module, gated.adapter): gated for gated in gates(model)}
+        found = [gated for gated in gates(model) if adapters is None or gated.adapter in adapters]
+        self._gated = {(gated.module, gated.adapter): gated for gated in found}
         self._counts: dict[tuple[str, str], Tensor] = {}
         self._context = ExitStack()
         self._is_open = False
@@ -130,12 +137,16 @@ class SparsityMeter:
 
         In a distributed run the counts of all processes are added up, so that every process has to ask.
         """
-        keys = sorted(self._gated)
-        counts = dict(
-            zip(keys, _of_all_processes([self._counts.get(k, self._no_counts(k)) for k in keys]), strict=True)
-        )
+        # An adapter may have been deleted since it was counted, or before.
+        keys = sorted(key for key in self._gated if key in self._counts or self._is_there(*key))
+        counted = [self._counts[k] if k in self._counts else self._no_counts(k) for k in keys]
+        counts = dict(zip(keys, _of_all_processes(counted), strict=True))
         ran = {adapter for (_, adapter), seen in counts.items() if seen[-1]} or {adapter for _, adapter in keys}
         return _report({self._gated[key]: seen for key, seen in counts.items() if key[1] in ran})
+
+    def _is_there(self, module: str, adapter: str) -> bool:
+        layer: Any = self._gated[module, adapter].layer
+        return adapter in layer.r
 
     def _no_counts(self, key: tuple[str, str]) -> Tensor:
         gated = self._gated[key]
@@ -143,7 +154,8 @@ class SparsityMeter:
         return torch.zeros(layer.r[gated.adapter] + 3, dtype=torch.int64, device=gated.gate.tau.device)
 
     def _count(self, gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        if self._training is not None and gated.gate.training is not self._training:
+        key = gated.module, gated.adapter
+        if key not in self._gated or (self._training is not None and gated.gate.training is not self._training):
             return
         spikes, rectified = gated.gate.spikes(a), ~(a >= 0)
         silent = ~spikes.any(1)
@@ -153,7 +165,6 @@ class SparsityMeter:
             tokens = mask.sum().view(1)
         # By rank: spikes; then elements silent at 0, silent tokens, tokens. One tensor, nothing waits for the device.
         counts = torch.cat((spikes.sum(0), rectified.sum().view(1), silent.sum().view(1), tokens))
-        key = gated.module, gated.adapter
         if key in self._counts and len(self._counts[key]) != len(counts):
             del self._counts[key]  # its ranks were pruned: it is another adapter now
         # Added out of place: what is made in inference mode cannot be changed outside of it.
