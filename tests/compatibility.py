@@ -68,7 +68,7 @@ def page() -> str:
 
 
 def section() -> str:
-    lines = ["An import beside others than `pyproject.toml` names ends in an error that says which to install."]
+    lines = ["An import beside a PEFT or transformers that `pyproject.toml` does not name says which one to install."]
     if RUNS.exists():
         lines += ["All tests, `make versions`, were also run with", "", "| | passed | skipped |", "|---|---|---|"]
         for names, counts in json.loads(RUNS.read_text()).items():

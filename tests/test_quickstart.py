@@ -44,7 +44,7 @@ def test_quick_start(make_base, tmp_path):
     base.save_pretrained(tmp_path / "base")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, device_map="auto")
-    config = SpikeLoraConfig(v_threshold=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = SpikeLoraConfig(v_threshold=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = SFTTrainer(
