@@ -39,6 +39,8 @@ def _run(function: Callable[[Path], Any], folder: Path, size: int, rank: int, po
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     result = function(folder / str(size))
     (folder / f"{size}-{rank}.json").write_text(json.dumps(result))
+    if size > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first holds the store, through which others may still be finding each other
 
 
 def _fork(function: Callable[[Path], Any], folder: Path, size: int) -> bool:

@@ -591,8 +591,8 @@ class TestTables:
         if len(gated) < 3:
             pytest.skip(f"SpikeLoRA on {task} has not been run over all seeds yet")
         sparsity = np.mean([line["result"]["sparsity"]["sparsity"] for line in gated])
-        rates = {run.rate for run in study.runs} - {None}
-        assert rates == {pytest.approx(sparsity, abs=0.005)}
+        (rate,) = {run.rate for run in study.runs} - {None}
+        assert rate == pytest.approx(sparsity, abs=0.005)
 
     def test_committed_studies_can_be_read_and_are_all_compared_with_lora(self):
         studies = page.committed()

@@ -10,7 +10,6 @@ from peft.tuners.lora import LoraModel
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -65,7 +64,8 @@ class SpikeLoraModel(LoraModel):
         config.check()  # it may have been changed since it was made
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        experts = _stacked_targets(self.peft_config[adapter_name], model)
+        config = self.peft_config[adapter_name]
+        experts = _stacked_targets(config, model) if isinstance(config, SpikeLoraConfig) else set()
         try:
             with as_it_was(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -148,6 +148,8 @@ def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
 
 def _stacked_targets(config: SpikeLoraConfig, model: nn.Module) -> set[str]:
     """The parameters of mixtures of experts and of routers that PEFT would take some targets for, were it LoRA."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers  # as late as PEFT
+
     plain = deepcopy(config.without_neuron())
     with suppress(ValueError):  # of a part of a stacked parameter, which LoRA refuses, and which may be a layer as well
         convert_peft_config_for_transformers(plain, model, conversions=None)
