@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_opt
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -229,6 +229,17 @@ def test_collapse_is_named_once(tmp_path):
     assert "12 of 12 modules have never fired" in texts[0]
     assert "and 4 more" in texts[0]
     assert "has fallen silent: sparsity 100.00%" in texts[1]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_lora_beside_a_spiking_adapter_that_is_not_active(tmp_path):
+    model = tiny_opt()
+    model.add_adapter(SpikeLoraConfig(target_modules=["fc1"]), "spiking")
+    model.add_adapter(LoraConfig(target_modules=["fc2"]), "plain")
+    trainer = make_trainer(tmp_path, model, eval_strategy="steps", eval_steps=5)
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+    assert not any("sparsity" in name for entry in trainer.state.log_history for name in entry)
 
 
 def test_each_model_that_the_trainer_makes_is_warned_of(tmp_path):

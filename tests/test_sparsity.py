@@ -209,6 +209,14 @@ def test_an_adapter_that_was_deleted_keeps_what_was_counted():
     assert before.tokens == 2 * TOKENS.numel()
 
 
+def test_no_adapter_that_is_counted():
+    model = spiking(tiny_gpt2())
+    with SparsityMeter(model.eval(), adapters=[]) as meter:
+        model(input_ids=TOKENS)
+    assert meter.report().tokens == 0
+    assert math.isnan(meter.report().sparsity)
+
+
 def test_what_is_offloaded_is_refused():
     model = spiking(tiny_opt())
     gates(model)[3].gate.to("meta")

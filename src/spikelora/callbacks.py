@@ -133,7 +133,7 @@ class SparsityCallback(TrainerCallback):
         callbacks = self._trainer.callback_handler.callbacks
         is_held = any(isinstance(other, SparsityControlCallback) for other in callbacks)
         configs: Any = getattr(self._model, "peft_config", {}) if is_held else {}
-        held = {name for name, config in configs.items() if config.target_sparsity is not None}
+        held = {name for name, config in configs.items() if getattr(config, "target_sparsity", None) is not None}
         own = {name: module for name, module in report.modules.items() if module.adapter not in held}
         if not own:
             return []
@@ -182,10 +182,9 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     After each step the threshold goes a part of the way to the target quantile of the module's own activations in that
     step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, the mean over micro-batches and processes; after
     the first step all of the way, wherever it was. The target itself rises from 0.5, what a symmetric activation has at
-    threshold 0, over the first steps. A module that
-    never fires comes back to life so, as its threshold falls to its activations. The thresholds are saved with the
-    adapter, in checkpoints as at the end. What is held is the sparsity of the training, under its dropout: without
-    `lora_dropout` activations vary less, and the sparsity is higher.
+    threshold 0, over the first steps. A module that never fires comes back to life so, as its threshold falls to its
+    activations. The thresholds are saved with the adapter, in checkpoints as at the end. What is held is the sparsity
+    of the training, under its dropout: without `lora_dropout` activations vary less, and the sparsity is higher.
 
     Args:
         warmup_ratio: share of the training over which the target rises.

@@ -173,6 +173,8 @@ class SparsityMeter:
 
 def _of_all_processes(counts: list[Tensor]) -> list[list[int]]:
     """The counts as numbers, added up over the processes of a distributed run; waits for the device once."""
+    if not counts:
+        return []
     flat = torch.cat([c.to(counts[0].device) for c in counts])
     add_up_processes(flat)
     numbers = iter(flat.tolist())
