@@ -242,6 +242,20 @@ def test_lora_beside_a_spiking_adapter_that_is_not_active(tmp_path):
     assert not any("sparsity" in name for entry in trainer.state.log_history for name in entry)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_lora_beside_an_adapter_that_is_held(tmp_path):
+    model = tiny_opt()
+    model.add_adapter(LoraConfig(target_modules=["fc2"]), "plain")
+    model.add_adapter(SpikeLoraConfig(target_modules=["fc1"], target_sparsity=0.9, target_tolerance=0.9), "spiking")
+    model.set_adapter(["spiking", "plain"])
+    trainer = make_trainer(tmp_path, model, [SparsityControlCallback()])
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+    sparsities = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
+    assert len(sparsities) == 2
+    assert all(0 < sparsity < 1 for sparsity in sparsities)
+
+
 def test_each_model_that_the_trainer_makes_is_warned_of(tmp_path):
     arguments = {"logging_steps": 2, "max_steps": 2, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     trainer = Trainer(
