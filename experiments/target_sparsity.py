@@ -27,8 +27,8 @@ THRESHOLDS = (-0.3, -0.15, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 HEAD = """# Held sparsities and fixed thresholds
 
 Made by `python experiments/target_sparsity.py`: the small model and the text of the example, {steps} updates, seed 0,
-on CPU cores, torch {torch}. Measured on the held-out text without padding. Each line is a single run. A target is missed
-where the whole is off by more than {tolerance} or a module by more than {module_tolerance}.
+on CPU cores, torch {torch}. Measured on the held-out text without padding. Each line is a single run. A target is
+missed where the whole is off by more than {tolerance} or a module by more than {module_tolerance}.
 """
 
 

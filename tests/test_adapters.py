@@ -264,6 +264,19 @@ class TestHotswap:
         hotswap_adapter(model, second, "default", torch_device="cpu")
         torch.testing.assert_close(logits(model), after)
 
+    @works("Many adapters", "`prepare_model_for_compiled_hotswap`")
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    def test_once_compiled_a_swap_compiles_nothing(self, tmp_path):
+        first, _ = save(tmp_path / "first", 1)
+        second, after = save(tmp_path / "second", 2, r=4, lora_alpha=12, v_threshold=-0.03)
+        model = PeftModel.from_pretrained(tiny_opt(), first)
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+        model.base_model.model.compile(backend="eager", fullgraph=True)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            logits(model)
+            hotswap_adapter(model, second, "default", torch_device="cpu")
+            torch.testing.assert_close(logits(model), after)
+
     @works("Many adapters", "`hotswap_adapter`")
     @pytest.mark.parametrize("rank", [2, 8])
     def test_of_another_rank_without_padding(self, rank, tmp_path):
@@ -479,7 +492,8 @@ class TestOtherMethods:
             get_peft_model(tiny_opt(), config(), mixed=True)
 
 
-@pytest.mark.parametrize("swapped", ["default", "one"])
+@pytest.mark.filterwarnings("ignore:Adapter name 'lora' should not be contained:UserWarning")
+@pytest.mark.parametrize("swapped", ["default", "one", "lora"])
 def test_a_swap_leaves_adapters_of_similar_names_alone(swapped, tmp_path):
     """PEFT sets to 0 what the new adapter has not, among all tensors whose names contain the adapter's name."""
     other = f"{swapped}_2"

@@ -86,6 +86,28 @@ def test_logs_with_each_loss_and_each_evaluation(tmp_path):
     assert any("sparsity" in logs for logs in trainer.state.log_history)
 
 
+class WithCompletions(Trainer):
+    """A trainer that shows what it has generated whenever it logs, as some of TRL's do."""
+
+    log_completions = True
+    shown = 0
+
+    def log(self, logs, start_time=None):
+        self.shown += 1
+        super().log(logs, start_time)
+
+
+def test_completions_are_not_shown_again_with_the_figures(tmp_path):
+    arguments = {"logging_steps": 2, "max_steps": 4, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    trainer = WithCompletions(
+        spiking(), TrainingArguments(str(tmp_path), dataloader_pin_memory=False, **arguments), train_dataset=ROWS
+    )
+    trainer.add_callback(SparsityCallback(trainer))
+    trainer.train()
+    assert trainer.shown == 3  # two losses, and the summary at the end
+    assert sum("sparsity" in entry for entry in trainer.state.log_history) == 2
+
+
 def test_the_training_logs_cover_every_token_since_the_last(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, spiking(), gradient_accumulation_steps=2)
     trainer.add_callback(SparsityCallback(trainer))
@@ -418,7 +440,7 @@ def test_control_without_a_target(tmp_path):
 
 @pytest.mark.parametrize("options", [{"gain": 0}, {"gain": 1.5}, {"warmup_ratio": -0.1}])
 def test_control_checks_its_options(options):
-    with pytest.raises(SpikeLoraError, match="must be a share"):
+    with pytest.raises(SpikeLoraError, match="must be a"):
         SparsityControlCallback(**options)
 
 

@@ -74,6 +74,7 @@ def train(folder, model, **options):
         "losses": [entry["loss"] for entry in logs if "loss" in entry] + [metrics["eval_loss"]],
         "sparsity": [entry["sparsity"] for entry in logs if "sparsity" in entry] + [metrics["eval_sparsity"]],
         "thresholds": [whole(gated.gate.v_threshold).item() for gated in gates(model)],
+        "shown": gates(model)[0].layer.extra_repr(),
         "own elements": own_shard(gates(model)[0].gate.v_threshold).numel(),
         "logits": logits(trainer.model),
         "has saved": (own_folder / "adapter_model.safetensors").exists(),

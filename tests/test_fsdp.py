@@ -143,6 +143,9 @@ def test_fsdp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case,
 
     assert [seen["wrapped"] for seen in several] == ["FSDPPeftModelForCausalLM"] * n
     assert [seen["own elements"] for seen in several] == [1] + [0] * (n - 1)
+    numbers = f"v_threshold={several[0]['thresholds'][0]:g}"
+    assert [numbers in seen["shown"] for seen in several] == [True] + [False] * (n - 1)
+    assert all("v_threshold=nan" in seen["shown"] for seen in several[1:])
     check_alike(alone, several)
     check_saved(folder, case, several)
 

@@ -152,6 +152,21 @@ def test_dropout_falls_once_on_the_input_and_its_mask_serves_the_backward(path):
     assert_same(actual, run(oracle, t, dropout_mask=kept, kept=0.7), rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_dropout_beside_a_half_precision_base_rounds_no_activation(path, dtype):
+    t = tensors((2, 9), 37, 20, 8, dtype, torch.float32)
+    torch.manual_seed(3)
+    kept = F.dropout(torch.ones(2, 9, 37, dtype=dtype), 0.3) > 0
+    torch.manual_seed(3)
+    actual = run(path, t, dropout=0.3)
+    expected = run(oracle, t, dropout_mask=kept, kept=0.7)
+    own = ("A", "B", "v_threshold", "tau")
+    assert_same({name: actual[name] for name in own}, {name: expected[name] for name in own}, rtol=1e-5, atol=1e-5)
+    eps = torch.finfo(dtype).eps
+    assert_same(actual, expected, rtol=2 * eps, atol=2 * eps)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_without_a_bias_or_with_an_expanded_gradient(path):
     t = tensors((2, 5), 37, 20, 8) | {"bias": None}

@@ -123,6 +123,7 @@ CHANGES = {
     "lora_A tensor": (cast_into_a_subclass("lora_A"), PLAIN, "a tensor of the adapter is of a class of its own"),
     "lora_B of another class": (replace_lora_B, PLAIN, "`lora_B` is a Quiet"),
     "lora_A with a bias": (give_lora_A_a_bias, PLAIN, "has a bias"),
+    "scaling": (lambda layer: layer.scaling.update(default=torch.tensor(0.5)), PLAIN, "its scaling is a tensor"),
     "dtypes": (lambda layer: layer.lora_B["default"].double(), PLAIN, "differ in dtype"),
     "disabled": (lambda layer: layer.enable_adapters(False), PLAIN, "no adapter is active"),
 }

@@ -472,6 +472,22 @@ def test_a_copy_is_not_watched():
     torch.testing.assert_close(copied(X), model(X))
 
 
+def test_a_copy_and_a_file_of_a_model_with_masks_are_not_watched(tmp_path):
+    torch.manual_seed(0)
+    model = spiking(tiny_gpt2(), v_threshold=0.0)
+    inputs = {"input_ids": torch.arange(6)[None] + 3, "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}
+    expected = model(**inputs).logits
+    with SparsityMeter(model) as meter:
+        copied = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        read = torch.load(tmp_path / "model.pt", weights_only=False)
+        for other in (copied, read):
+            assert torch.equal(other(**inputs).logits, expected)
+        assert meter.report().tokens == 0
+        model(**inputs)
+    assert meter.report().tokens == 4 * len(gates(model))
+
+
 def test_a_meter_measures_once_at_a_time():
     meter = SparsityMeter(by_hand())
     with meter, pytest.raises(SpikeLoraError, match="is measuring already"):

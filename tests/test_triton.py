@@ -348,3 +348,20 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
         assert ("div.rn.f32" in kernel.asm["ptx"]) == (arguments.get("tau") is not None), kernel.metadata.name
         if P == F32 and layout == "contiguous":  # half-precision features are read by the vector, not one by one
             assert "ld.global.b16" not in kernel.asm["ptx"], kernel.metadata.name
+
+
+def compile_and_start(launches):
+    assert importlib.import_module("spikelora.ops.triton_backend").can_start()
+
+
+def compile_nothing_where_triton_cannot_start(monkeypatch):
+    from triton.runtime import driver
+
+    class Driver:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(driver, "_active", Driver())
+    backend = importlib.import_module("spikelora.ops.triton_backend")
+    with pytest.warns(RuntimeWarning, match="take plain torch, which is slower: Failed to find C compiler"):
+        assert not backend.can_start()

@@ -32,6 +32,10 @@ def text_batches(
     texts = _texts(path, text_field)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise SpikeLoraError(
+            f"The tokenizer {tokenizer.name_or_path} has no token to pad with: give it a `pad_token`, and save it."
+        )
     names = ["input_ids", "attention_mask"]
     for start in range(0, len(texts), batch_size):
         rows = texts[start : start + batch_size]

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -69,6 +70,8 @@ class SparsityCallback(TrainerCallback):
         # adds to logs comes too late for reporters that come before it, and what it logs at the next event misses
         # the checkpoint of this step: the loss's log is followed by another, when TRL's trainers have let go of theirs.
         evaluation_loop, log = trainer.evaluation_loop, trainer.log
+        # Where TRL's trainers log completions, each of their logs shows and writes all of them again.
+        self._log = functools.partial(Trainer.log, trainer) if getattr(trainer, "log_completions", False) else log
 
         @functools.wraps(evaluation_loop)
         def metered(*args: Any, **kwargs: Any) -> Any:
@@ -80,7 +83,7 @@ class SparsityCallback(TrainerCallback):
         def followed(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             log(logs, *args, **kwargs)
             if "loss" in logs and (figures := self._of_training()):
-                log(figures, *args, **kwargs)
+                self._log(figures, *args, **kwargs)
 
         trainer.evaluation_loop, trainer.log = metered, followed
 
@@ -111,11 +114,13 @@ class SparsityCallback(TrainerCallback):
         if report.tokens:
             figures = _figures(report, prefix)
             metrics.update(figures)
-            self._trainer.log(figures)
+            self._log(figures)
             if state.is_world_process_zero:
                 folder = Path(args.output_dir)
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / SPARSITY_FILE).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+                partial = folder / f".{SPARSITY_FILE}.partial"
+                partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+                os.replace(partial, folder / SPARSITY_FILE)
 
     def _of_training(self) -> dict[str, float]:
         """The figures since they were last asked for, and warnings of what they show."""
@@ -196,9 +201,10 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:
-        for name, value in (("warmup_ratio", warmup_ratio), ("gain", gain)):
-            if not 0 <= value <= 1 or (name == "gain" and not value):
-                raise SpikeLoraError(f"`{name}` must be a share between 0 and 1, got {value!r}.")
+        if not 0 <= warmup_ratio <= 1:
+            raise SpikeLoraError(f"`warmup_ratio` must be a share from 0 to 1, got {warmup_ratio!r}; leave it at 0.1.")
+        if not 0 < gain <= 1:
+            raise SpikeLoraError(f"`gain` must be above 0 and at most 1, got {gain!r}; leave it at 0.1.")
         self.warmup_ratio = warmup_ratio
         self.gain = gain
         self._context = ExitStack()

@@ -176,15 +176,12 @@ def _load(
     if not base:
         raise typer.BadParameter(f"{adapter} does not say what base model it is for; name it with --base_model.")
     auto_class = _auto_class(config.task_type)
-    try:
+    with _loading(base):
         tokenizer = AutoTokenizer.from_pretrained(base)
-        # Before the base model, whose loading may take minutes.
-        batches = list(islice(text_batches(data, tokenizer, text_field, batch_size, cutoff_len), max_batches))
+    # Before the base model, whose loading may take minutes.
+    batches = list(islice(text_batches(data, tokenizer, text_field, batch_size, cutoff_len), max_batches))
+    with _loading(base):
         loaded = auto_class.from_pretrained(base, dtype="auto", device_map="auto")
-    except SpikeLoraError:  # of the text, and a ValueError as well
-        raise
-    except (OSError, ValueError) as error:
-        raise SpikeLoraError(f"The base model {base} cannot be loaded: {error}\nName it with --base_model.") from error
     positions = getattr(loaded.config, "max_position_embeddings", None)
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     if positions and longest > positions:
@@ -193,6 +190,14 @@ def _load(
         )
     config.base_model_name_or_path = base  # what is saved names the base that it was made on
     return PeftModel.from_pretrained(loaded, adapter, config=config), batches
+
+
+@contextmanager
+def _loading(base: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SpikeLoraError(f"The base model {base} cannot be loaded: {error}\nName it with --base_model.") from error
 
 
 def _auto_class(task_type: str | None) -> Any:

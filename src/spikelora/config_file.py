@@ -36,7 +36,10 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
         raise SpikeLoraError(f"{file} is damaged: it holds a {type(attributes).__name__}, not fields. {remedy}")
     method = attributes.get("peft_type", method)
     if "peft_type" in attributes and method not in list(PeftType):
-        raise SpikeLoraError(f"{file} is damaged: its `peft_type` {method!r} is none that PEFT knows. {remedy}")
+        raise SpikeLoraError(
+            f"{file} cannot be read: its `peft_type` {method!r} is none that PEFT knows here. Upgrade `peft`, or "
+            f"import the package that brings it; should it be SPIKELORA, the file is damaged. {remedy}"
+        )
     if method != PeftType.SPIKELORA:
         if attributes.get("use_spikelora"):
             raise SpikeLoraError(_FIRST_ADAPTERS.format(file=file))

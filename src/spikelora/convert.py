@@ -151,7 +151,7 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
     for gated in found:
         parameter, B = _B(gated)
         if gated in moments:
-            linear_B = (B.double() @ moments[gated].regression()).to(B.dtype)
+            linear_B = (_exact(B) @ moments[gated].regression()).to(B)
             errors[gated.module] = _share(moments[gated].distance(B, linear_B), moments[gated].spiking(B))
         else:
             linear_B = torch.zeros_like(B)
@@ -198,7 +198,12 @@ class _Moments(NamedTuple):
 
 def _trace(left: Tensor, moments: Tensor, right: Tensor) -> float:
     """`tr(left moments right^T)`."""
-    return ((left.double() @ moments) * right.double()).sum().item()
+    return ((_exact(left) @ moments) * _exact(right)).sum().item()
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64, on a CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], title: str) -> dict[Gated, _Moments]:
@@ -207,8 +212,8 @@ def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], titl
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
         a = a if mask is None else a[mask]
         if len(a):
-            passed = torch.where(gated.gate.spikes(a), a, 0).double()
-            a = a.double()
+            passed = _exact(torch.where(gated.gate.spikes(a), a, 0))
+            a = _exact(a)
             new = _Moments(a.T @ a, passed.T @ a, passed.T @ passed)
             sums[gated] = _Moments(*map(torch.add, sums[gated], new)) if gated in sums else new
 
@@ -277,7 +282,7 @@ def _signs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Gated
     sums: dict[Gated, Tensor] = {}
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        a = (a if mask is None else a[mask]).double()
+        a = _exact(a if mask is None else a[mask])
         sums[gated] = sums.get(gated, 0) + (a * a.abs()).sum(0)
 
     run(model, batches, see, "choosing signs")
@@ -289,6 +294,7 @@ def _flip(gated: Gated, signs: Tensor) -> None:
     """Turn the ranks with sign -1 round, in A and in B; a second time turns them back."""
     layer: Any = gated.layer
     A, B = layer.low_rank(gated.adapter)
+    signs = signs.to(A.device)
     A.mul_(signs.view(-1, *[1] * (A.dim() - 1)))
     B.mul_(signs.view(-1, *[1] * (B.dim() - 2)))
 

@@ -59,7 +59,7 @@ class SpikeGate(nn.Module):
         return v_threshold, _AboveOne.apply(tau) if self.learn_tau else tau
 
     def __getstate__(self):
-        return self.__dict__ | {"observers": ()}  # who watches this gate does not watch its copies
+        return super().__getstate__() | {"observers": ()}  # who watches this gate does not watch its copies
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What trainers do when they are made that a gate does not bear: undone, or refused with what to do instead."""
+"""What trainers do when they are made that a gate does not bear: put right, or refused with what to do instead."""
 
 import functools
 from typing import Any
@@ -32,7 +32,8 @@ def _fit_for_gates(on_init_end):
                 "merged: generate with the model itself, by `use_vllm=False` and a trainer that has the option."
             )
         for gate in self.model.modules() if isinstance(self.model, nn.Module) else ():
-            if isinstance(gate, SpikeGate):  # on quantised bases TRL has rounded what is trained to bfloat16
+            # On quantised bases TRL casts what is trained to bfloat16. The dtype comes back, the digits do not.
+            if isinstance(gate, SpikeGate):
                 for tensor in (gate.v_threshold, gate.tau):
                     tensor.data = tensor.data.float()
         return on_init_end(self, args, state, control, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
+from spikelora.observe import own_shard
 from spikelora.ops.linear import spike_branch, spike_linear
 from spikelora.paths import Choice, Path, choose, returns_private
 
@@ -149,9 +150,13 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
         return False
 
     def neuron(self, adapter_name: str) -> dict[str, float]:
-        """Rank, threshold and time constant of one adapter, by their symbols; no number while on the meta device."""
-        tensors = {"v_threshold": self.lora_gate[adapter_name].v_threshold, "tau": self.lora_gate[adapter_name].tau}
-        values = {symbol: math.nan if t.is_meta else t.detach().item() for symbol, t in tensors.items()}
+        """Rank, threshold and time constant of one adapter, by their symbols.
+
+        NaN while on the meta device, and in the processes of FSDP2 that have no part of them.
+        """
+        gate = self.lora_gate[adapter_name]
+        tensors = {name: own_shard(getattr(gate, name).detach()) for name in ("v_threshold", "tau")}
+        values = {name: t.item() if t.numel() and not t.is_meta else math.nan for name, t in tensors.items()}
         return {"r": self.r[adapter_name], **values}
 
     def extra_repr(self) -> str:

@@ -56,7 +56,7 @@ def _has_gates(model: nn.Module) -> bool:
 
 def _tensors_of(adapter_name: str) -> re.Pattern:
     """Finds the names of an adapter's tensors in a model; modules may have the adapter's name, too."""
-    return re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+    return re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(\.|$)")
 
 
 def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], swapped: bool = False) -> None:
@@ -199,11 +199,10 @@ def guard_hotswap(swap: Callable) -> Callable:
                     "PEFT's hot-swapping does not find the layers of embeddings: load this adapter beside the other "
                     "with `load_adapter`, and choose it with `set_adapter`."
                 )
-            plain = {key.replace(f".{adapter_name}", ""): value for key, value in state_dict.items()}
-            check_tensors(plain)
+            own = _tensors_of(adapter_name)
+            check_tensors({own.sub(r"\1\2", key): value for key, value in state_dict.items()})
             model_itself = getattr(model, "_orig_mod", model)
             check_fit(model_itself, adapter_name, state_dict, swapped=True)
-            own = _tensors_of(adapter_name)
             # Other adapters, and the neurons of modules that the new one has not.
             kept = {
                 parameter: parameter.detach().clone()

@@ -133,12 +133,29 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
                 observer(gated, a.detach().flatten(0, -2), None if mask is None else mask.flatten())
 
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(note_mask).remove)
+            stack.callback(layer.register_forward_pre_hook(_Hook(note_mask)).remove)
         for gated in found:
             show_gate = partial(show, gated)
             gated.gate.observers += (show_gate,)
             stack.callback(_forget, gated.gate, show_gate)
         yield
+
+
+class _Hook:
+    """What is called on a module while its model is watched; in a copy of the model, or a file of it, nothing is."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, (_ignore,)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _forget(gate: SpikeGate, observer: Callable[[Tensor], None]) -> None:
@@ -229,7 +246,7 @@ def token_masks(model: nn.Module) -> Iterator[TokenMasks]:
         for module in model.modules():
             signature = inspect.signature(module.forward)
             if "attention_mask" in signature.parameters:
-                enter = partial(masks.enter, signature)
+                enter, leave = _Hook(partial(masks.enter, signature)), _Hook(masks.leave)
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(masks.leave, always_call=True).remove)
+                stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield masks

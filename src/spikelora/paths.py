@@ -45,7 +45,7 @@ _forced: Path | None = None
 
 @contextmanager
 def force_path(path: Path) -> Iterator[None]:
-    """Make every layer with a single active adapter take one path, for tests and benchmarks.
+    """Make every linear layer take one path, for tests and benchmarks; beside other adapters FUSED is BRANCH.
 
     Raises:
         SpikeLoraError: in the forward of a layer that cannot take it.
@@ -113,6 +113,8 @@ def _why_plain(layer: Any, lora_A: nn.Linear, lora_B: nn.Linear, adapter: Adapte
         return "the input or a tensor of the adapter is of a class of its own"
     if lora_A._parameters.get("bias") is not None or lora_B._parameters.get("bias") is not None:
         return "the adapter has a bias"
+    if isinstance(adapter.scaling, Tensor):
+        return "its scaling is a tensor, as `prepare_model_for_compiled_hotswap` makes it"
     if A.dtype != B.dtype:
         return "`lora_A` and `lora_B` differ in dtype"
     if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:

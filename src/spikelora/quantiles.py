@@ -39,7 +39,7 @@ class QuantileSketch:
         levels += [(k, values) for k, values in enumerate(self._levels) if values is not None]
         if not sum(len(values) for _, values in levels):
             return torch.empty(0), torch.empty(0)
-        values, order = torch.cat([values for _, values in levels]).sort()
+        values, order = torch.cat([values for _, values in levels]).cpu().sort()  # not every device has float64
         weights = torch.cat([torch.full_like(v, 2**k, dtype=torch.float64) for k, v in levels])[order]
         distinct, counts = values.unique_consecutive(return_counts=True)
         first = counts.cumsum(0) - counts

@@ -173,9 +173,14 @@ def _linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
 def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
     """Add the adapter's part into `y (N, out)`; returns `a (N, r)` and, where there is dropout, its mask `(N, in)`."""
     backend, mask = _backend(y, adapter.A), None
-    if adapter.dropout:
-        x, mask = torch.native_dropout(x, adapter.dropout, True)
-    a = backend.down(x, adapter.A)
+    if not adapter.dropout:
+        a = backend.down(x, adapter.A)
+    else:
+        dropped, mask = torch.native_dropout(x, adapter.dropout, True)
+        if x.dtype == adapter.A.dtype:
+            a = backend.down(dropped, adapter.A)
+        else:  # what PEFT drops out is a float32 copy; `x / (1 - dropout)` would be rounded here, and moves spikes
+            a = backend.down(x * mask, adapter.A).mul_(_kept(adapter.dropout))
     for observe in adapter.observers:
         observe(a)
     backend.add_up_(y, a, adapter.B, adapter.v_threshold, adapter.tau, adapter.scaling)
@@ -192,18 +197,25 @@ def _adapter_backward(ctx, grad_y: Tensor, grad_x: Tensor | None, saved: tuple, 
     """Gradients of the fields of `Adapter`; adds the adapter's part into `grad_x (N, in)` where it is given."""
     x, a, mask, A, B, v_threshold, tau = saved
     surrogate_alpha, scaling, dropout = ctx.numbers
-    backend, kept = _backend(grad_y, A), 1 / (1 - dropout)
+    backend = _backend(grad_y, A)
     grad_a, *grads = backend.up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:4])
+    if mask is not None:
+        grad_a = grad_a.mul_(_kept(dropout))
     grad_A = None
     if needs[0]:
-        grad_A = backend.down_backward_A(grad_a, x if mask is None else (x * mask).mul_(kept))
+        grad_A = backend.down_backward_A(grad_a, x if mask is None else x * mask)
     if grad_x is not None and mask is None:
         backend.add_down_backward_x_(grad_x, grad_a, A)
     elif grad_x is not None:
         part = torch.zeros_like(grad_x)
         backend.add_down_backward_x_(part, grad_a, A)
-        grad_x.add_(part.mul_(mask), alpha=kept)
+        grad_x.addcmul_(part, mask)
     return grad_A, *grads, None, None, None, None
+
+
+def _kept(dropout: float) -> float:
+    """What dropout multiplies by where it does not drop: it stands at `a`, which is smaller than `x`."""
+    return 1 / (1 - dropout)
 
 
 def _backend(y: Tensor, A: Tensor) -> ModuleType:
@@ -219,4 +231,8 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
 
 @functools.cache
 def _has_triton() -> bool:
-    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    from spikelora.ops import triton_backend
+
+    return triton_backend.can_start()

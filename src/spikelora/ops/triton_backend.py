@@ -5,10 +5,13 @@ long axis: the axis is cut into spans so that a few tokens still fill a GPU, eve
 fourth kernel adds these in a fixed order. Nothing is added atomically, so that training can be repeated to the bit.
 """
 
+import warnings
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 # Block sizes are fixed rather than tuned: another choice would be another order of summation.
 BLOCK = 64
@@ -16,6 +19,21 @@ SMALL_BLOCK = 16  # the smallest that tl.dot takes
 # A kernel that contracts gets about so many programs, by cutting into spans no shorter than MIN_SPAN.
 PROGRAMS = 256
 MIN_SPAN = 256
+
+
+def can_start() -> bool:
+    """Whether Triton can start here; where it cannot, a warning says why."""
+    try:
+        driver.active.get_current_target()  # compiles a part of Triton, for which many an image has no compiler
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot start, so that adapters take plain torch, which is slower: {error}. It needs a C compiler "
+            "(`CC`, or gcc on the path) and Python's headers.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @triton.jit
