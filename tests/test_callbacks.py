@@ -22,7 +22,7 @@ from spikelora import (
     prune_ranks,
 )
 from spikelora.__main__ import main
-from spikelora.callbacks import _sample
+from spikelora.holding import _sample
 from spikelora.observe import gates
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"

@@ -18,8 +18,9 @@ from spikelora.tuner import SpikeLoraModel
 if TYPE_CHECKING:
     from spikelora.account import Ledger, operations
     from spikelora.adapt import calibrate_thresholds, prune_ranks
-    from spikelora.callbacks import SparsityCallback, SparsityControlCallback
     from spikelora.convert import LoraApproximation, from_lora, to_lora
+    from spikelora.holding import SparsityControlCallback
+    from spikelora.watching import SparsityCallback
 
 __all__ = [
     "Ledger",
@@ -50,8 +51,8 @@ guard_trainers()
 _LATER = {
     "Ledger": "account",
     "LoraApproximation": "convert",
-    "SparsityCallback": "callbacks",
-    "SparsityControlCallback": "callbacks",
+    "SparsityCallback": "watching",
+    "SparsityControlCallback": "holding",
     "calibrate_thresholds": "adapt",
     "from_lora": "convert",
     "operations": "account",

@@ -1,13 +1,12 @@
 """From a trained LoRA to SpikeLoRA, and from SpikeLoRA to a LoRA that can be merged; both say what is lost."""
 
 import copy
-import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict
@@ -20,6 +19,7 @@ from spikelora.adapt import MAX_MISS, calibrate_thresholds, run, tied, warn_of_u
 from spikelora.config import SpikeLoraConfig, check_target
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import SpikingLayer, is_grouped, make_plain, make_spiking
+from spikelora.moments import Moments, exact, lost_share
 from spikelora.observe import Gated, gates
 from spikelora.read_not_called import check_called
 from spikelora.sparsity import SparsityMeter, SparsityReport
@@ -29,8 +29,6 @@ from spikelora.tuner import SpikeLoraModel, check_supported
 _OPEN = torch.finfo(torch.float32).min
 # A module settles once those before it have: a chain of as many modules does, and longer ones nearly.
 _MAX_ROUNDS = 8
-# Directions with a smaller share of the variance, of ranks scaled to 1, are the float32 rounding of `a`.
-_NOISE = 1e-12
 
 
 def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_sparsity: float = 0.9) -> PeftModel:
@@ -151,8 +149,8 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
     for gated in found:
         parameter, B = _B(gated)
         if gated in moments:
-            linear_B = (_exact(B) @ moments[gated].regression()).to(B)
-            errors[gated.module] = _share(moments[gated].distance(B, linear_B), moments[gated].spiking(B))
+            linear_B = (exact(B) @ moments[gated].regression()).to(B)
+            errors[gated.module] = lost_share(moments[gated].distance(B, linear_B), moments[gated].spiking(B))
         else:
             linear_B = torch.zeros_like(B)
         state[keys[parameter]] = linear_B.view_as(parameter)
@@ -168,54 +166,14 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
     )
 
 
-class _Moments(NamedTuple):
-    """Sums over tokens of `a a^T`, `gated a^T` and `gated gated^T`, each `(r, r)` in float64."""
-
-    aa: Tensor
-    ga: Tensor
-    gg: Tensor
-
-    def regression(self) -> Tensor:
-        """`C = E[gated a^T] (E[a a^T])^+` `(r, r)`, the least squares of `gated` on `a`."""
-        deviation = self.aa.diagonal().sqrt()
-        scale = torch.where(deviation > 0, 1 / deviation, 0)
-        # Of ranks scaled to 1, so that a rank with small activations is not taken for rounding.
-        inverse = torch.linalg.pinv(scale[:, None] * self.aa * scale, rtol=_NOISE, hermitian=True)
-        return self.ga @ (scale[:, None] * inverse * scale)
-
-    def spiking(self, B: Tensor) -> float:
-        """Sum of `|B gated|^2`."""
-        return _trace(B, self.gg, B)
-
-    def linear(self, B: Tensor) -> float:
-        """Sum of `|B a|^2`."""
-        return _trace(B, self.aa, B)
-
-    def distance(self, B: Tensor, linear_B: Tensor) -> float:
-        """Sum of `|B gated - linear_B a|^2`; rounding takes none below 0."""
-        return max(self.spiking(B) - 2 * _trace(B, self.ga, linear_B) + self.linear(linear_B), 0.0)
-
-
-def _trace(left: Tensor, moments: Tensor, right: Tensor) -> float:
-    """`tr(left moments right^T)`."""
-    return ((_exact(left) @ moments) * _exact(right)).sum().item()
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on a CPU where the device has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
-
-
-def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], title: str) -> dict[Gated, _Moments]:
-    sums: dict[Gated, _Moments] = {}
+def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], title: str) -> dict[Gated, Moments]:
+    sums: dict[Gated, Moments] = {}
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
         a = a if mask is None else a[mask]
         if len(a):
-            passed = _exact(torch.where(gated.gate.spikes(a), a, 0))
-            a = _exact(a)
-            new = _Moments(a.T @ a, passed.T @ a, passed.T @ passed)
-            sums[gated] = _Moments(*map(torch.add, sums[gated], new)) if gated in sums else new
+            new = Moments.of(a, torch.where(gated.gate.spikes(a), a, 0))
+            sums[gated] = sums[gated].plus(new) if gated in sums else new
 
     run(model, batches, see, title)
     for gated, moments in sums.items():
@@ -282,7 +240,7 @@ def _signs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Gated
     sums: dict[Gated, Tensor] = {}
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        a = _exact(a if mask is None else a[mask])
+        a = exact(a if mask is None else a[mask])
         sums[gated] = sums.get(gated, 0) + (a * a.abs()).sum(0)
 
     run(model, batches, see, "choosing signs")
@@ -299,7 +257,7 @@ def _flip(gated: Gated, signs: Tensor) -> None:
     B.mul_(signs.view(-1, *[1] * (B.dim() - 2)))
 
 
-def _print_loss(moments: dict[Gated, _Moments], sparsity: SparsityReport) -> None:
+def _print_loss(moments: dict[Gated, Moments], sparsity: SparsityReport) -> None:
     lost_overall = whole_overall = 0.0
     print("What gating loses of the update, E|dLoRA - dSpike|^2 / E|dLoRA|^2 on the calibration data:")
     for gated, moment in moments.items():
@@ -307,14 +265,10 @@ def _print_loss(moments: dict[Gated, _Moments], sparsity: SparsityReport) -> Non
         B = _B(gated)[1] * layer.scaling[gated.adapter]
         lost, whole = moment.distance(B, B), moment.linear(B)
         lost_overall, whole_overall = lost_overall + lost, whole_overall + whole
-        print(f"  {gated.module}: {_share(lost, whole):.4f} at sparsity {sparsity.modules[gated.module].sparsity:.4f}")
-    print(f"  overall: {_share(lost_overall, whole_overall):.4f} at sparsity {sparsity.sparsity:.4f}")
-
-
-def _share(lost: float, whole: float) -> float:
-    if not whole:  # an update of 0
-        return math.inf if lost else 0.0
-    return lost / whole
+        print(
+            f"  {gated.module}: {lost_share(lost, whole):.4f} at sparsity {sparsity.modules[gated.module].sparsity:.4f}"
+        )
+    print(f"  overall: {lost_share(lost_overall, whole_overall):.4f} at sparsity {sparsity.sparsity:.4f}")
 
 
 def _B(gated: Gated) -> tuple[nn.Parameter, Tensor]:

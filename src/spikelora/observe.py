@@ -27,6 +27,11 @@ class Gated(NamedTuple):
     gate: SpikeGate
     layer: nn.Module
 
+    @property
+    def is_active(self) -> bool:
+        layer: Any = self.layer
+        return self.adapter in layer.active_adapters
+
 
 # Called with `a (N, r)` and, where the attention mask is known, which of the N tokens are no padding.
 Observer = Callable[[Gated, Tensor, Tensor | None], None]
@@ -52,6 +57,12 @@ def gates(model: nn.Module) -> list[Gated]:
             "`get_peft_model(model, SpikeLoraConfig(...))`, or load one with `PeftModel.from_pretrained`."
         )
     return found
+
+
+def refuse_data_parallel(n_gpu: int) -> None:
+    """Raise a `SpikeLoraError` where a trainer would take several GPUs in one process."""
+    if n_gpu > 1:
+        raise SpikeLoraError(DATA_PARALLEL)
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,7 +185,8 @@ def _of_all_processes(counts: list[Tensor]) -> list[list[int]]:
 def _report(counted: dict[Gated, list[int]]) -> SparsityReport:
     modules, kinds, layers = {}, defaultdict(list), defaultdict(list)
     where = places(gated.module for gated in counted)
-    for name, (gated, counts) in zip(names(counted), counted.items(), strict=True):
+    named = zip(names(counted), counted.items(), _neurons(counted), strict=True)
+    for name, (gated, counts), (v_threshold, tau) in named:
         *spikes, _, _, tokens = counts
         layer, kind = where[gated.module]
         kinds[kind].append(counts)
@@ -195,8 +197,8 @@ def _report(counted: dict[Gated, list[int]]) -> SparsityReport:
             adapter=gated.adapter,
             layer=layer,
             kind=kind,
-            v_threshold=whole(gated.gate.v_threshold).item(),
-            tau=whole(gated.gate.neuron()[1]).item(),
+            v_threshold=v_threshold,
+            tau=tau,
             firing_rates=tuple(_share(n, tokens) for n in spikes),
             dead_ranks=tuple(rank for rank, n in enumerate(spikes) if tokens and not n),
         )
@@ -206,6 +208,12 @@ def _report(counted: dict[Gated, list[int]]) -> SparsityReport:
         kinds={kind: Sparsity(**_shares(counts)) for kind, counts in kinds.items()},
         layers={layer: Sparsity(**_shares(counts)) for layer, counts in layers.items()},
     )
+
+
+def _neurons(counted: Iterable[Gated]) -> list[list[float]]:
+    """Threshold and time constant of each gate; waits for the device once."""
+    tensors = [torch.cat([whole(tensor) for tensor in gated.gate.neuron()]) for gated in counted]
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []
 
 
 def _shares(all_counts: list[list[int]]) -> dict[str, Any]:
@@ -232,20 +240,15 @@ def places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
     tell them apart in every layer; those that differ by a number alone, such as experts, are of one kind.
     """
     layers, endings = {}, {}
-    whole: dict[str, set[str]] = defaultdict(set)
+    of_layer: dict[str, dict[str, list[str]]] = defaultdict(dict)  # by the longest
     for module in modules:
         numbered = re.match(r"(.*?\.)?\d+(?=\.|$)", module)
         layer = numbered[0] if numbered else ""
         parts = module.split(".")
         first = max((k for k, part in enumerate(parts[:-1], 1) if part.isdigit()), default=0)
         layers[module], endings[module] = layer, [".".join(parts[k:]) for k in range(len(parts) - 1, first - 1, -1)]
-        whole[layer].add(endings[module][-1])
-    return {module: (layers[module], _kind(ends, whole.values())) for module, ends in endings.items()}
-
-
-def _kind(endings: list[str], layers: Iterable[set[str]]) -> str:
-    """The shortest of a module's endings that no layer has twice, else the longest."""
-    for ending in endings[:-1]:
-        if all(sum(f".{other}".endswith(f".{ending}") for other in layer) < 2 for layer in layers):
-            return ending
-    return endings[-1]
+        of_layer[layer][endings[module][-1]] = endings[module]
+    counts = (Counter(chain.from_iterable(of_one.values())) for of_one in of_layer.values())
+    twice = {ending for count in counts for ending, n in count.items() if n > 1}
+    kinds = {name: next((e for e in ends if e not in twice), ends[-1]) for name, ends in endings.items()}
+    return {module: (layers[module], kind) for module, kind in kinds.items()}

@@ -30,11 +30,6 @@ _MAX_SHARED_RANK = 32
 _MIN_TOKENS = 128  # of one product, or of one thread
 
 
-def gate(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
-    """`gated = a * (a / tau >= v_threshold)`, shaped like `a (N, r)`."""
-    return _select(a, _charge(a, tau) >= v_threshold)
-
-
 def down(x: Tensor, A: Tensor) -> Tensor:
     """`a = x @ A.T`, `(N, r)` in the dtype of `A`."""
     if x.is_cpu and A.shape[0] <= _MAX_COPIED_RANK and x.shape[0] >= _MIN_TOKENS:
