@@ -17,6 +17,7 @@ FLOORS = {
     "ops.torch_backend": 0,
     "ops.triton_backend": 0,
     "gate": 1,
+    "parameters": 1,
     "_versions": 2,
     "adapter_files": 2,
     "observe": 2,
@@ -44,10 +45,10 @@ FLOORS = {
     "report_tables": 5,
     "__init__": 6,
 }
-# The registration names the classes and guards that it registers, and the model makes its layers and loads what fits
-# them; a configuration is loaded from an adapter's folder; the autograd functions are made of a backend's products; the
-# meter observes; conversions calibrate; what is held is not warned of; a report is read, drawn and written, and the
-# command does all of that.
+# A gate adds what the neuron does to its parameters. The registration names the classes and guards that it registers,
+# and the model makes its layers and loads what fits them; a configuration is loaded from an adapter's folder; the
+# autograd functions are made of a backend's products; the meter observes; conversions calibrate; what is held is not
+# warned of; a report is read, drawn and written, and the command does all of that.
 SAME_FLOOR = {
     ("sparsity", "observe"),
     ("_registration", "tuner"),
@@ -58,6 +59,7 @@ SAME_FLOOR = {
     ("_registration", "config_file"),
     ("tuner", "loading"),
     ("config", "adapter_files"),
+    ("gate", "parameters"),
     ("convert", "adapt"),
     ("watching", "holding"),
     ("ops.linear", "ops.torch_backend"),

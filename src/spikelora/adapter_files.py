@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spikelora.errors import SpikeLoraError
-from spikelora.gate import MIN_TAU
+from spikelora.parameters import MIN_TAU
 
 _REMEDY = "Load the adapter that training saved."
 # The names of A in a file, and those of the B that goes with it; a parameter of an embedding has no `weight`.

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from spikelora.adapter_files import check_weights, low_rank_names, refuse_pickle
 from spikelora.errors import SpikeLoraError
-from spikelora.gate import MIN_TAU
+from spikelora.parameters import MIN_TAU
 
 # Options of LoRA that contradict the gate, and what to do instead.
 _REFUSED = {
