@@ -532,7 +532,9 @@ def test_processes_of_a_launch_train_one_run_together_and_record_it_once(study):
     for line in lines:
         assert (line["result"]["steps"], line["where"]["processes"]) == (4, 2)
         alone = train(Run(**line["config"]))["result"]
-        assert line["result"]["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], abs=1e-5)
+        # A sum over two processes rounds otherwise, and a spike at its threshold may flip: 9e-5 on one of two kinds of
+        # CPU, where one training row less moves the loss by 5e-3.
+        assert line["result"]["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], abs=1e-3)
         assert line["result"]["history"][0]["train_loss"] == pytest.approx(alone["history"][0]["train_loss"], abs=1e-5)
 
 
