@@ -473,7 +473,7 @@ def test_gates_are_not_left_out_where_the_weights_come_later(loader, saved, tmp_
 
 
 class TestTheFirstAdapters:
-    """Adapters of the method's first code: `peft_type: LORA`, with `use_spikelora` and a threshold beside it."""
+    """Adapters of the first SpikeLoRA code: `peft_type: LORA`, with `use_spikelora` and a threshold beside it."""
 
     @pytest.fixture
     def folder(self, saved, tmp_path):
@@ -489,7 +489,9 @@ class TestTheFirstAdapters:
         return tmp_path / "first"
 
     @pytest.mark.compatibility(
-        "Reliability", "adapters of the method's first code", refused="the error says how to give them a gate"
+        "Reliability",
+        "adapters of the first SpikeLoRA code, `use_spikelora`",
+        refused="the error says how to give them a gate",
     )
     @pytest.mark.parametrize("loader", READ_THE_CONFIGURATION)
     def test_they_are_refused(self, loader, folder, saved):

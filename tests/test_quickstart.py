@@ -1,5 +1,6 @@
 """The README's quick start, as its authors present the method: TRL, bfloat16, `device_map="auto"`, a fresh process."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,38 @@ def test_quick_start(make_base, tmp_path):
     command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
+def test_the_readme_s_code_runs(tmp_path, monkeypatch):
+    base = tiny_opt()
+    base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(EMBEDDED_MODEL)))
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "base")
+    readme = (EMBEDDED_MODEL.parents[2] / "README.md").read_text()
+    for downloaded, local in {
+        '"facebook/opt-350m"': repr(str(tmp_path / "base")),
+        'load_dataset("stanfordnlp/imdb", split="train")': "rows",
+        "learning_rate=3e-4)": 'learning_rate=3e-4, max_steps=2, use_cpu=True, bf16=False, report_to="none")',
+    }.items():
+        assert downloaded in readme
+        readme = readme.replace(downloaded, local)
+    train, load, measure, path = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"rows": Dataset.from_dict({"text": ["The neuron fires at equality."] * 8})}
+    exec(train, names)
+    loaded = {}
+    exec(load, loaded)
+    tokens = torch.arange(3, 31).view(2, 14)
+    with torch.no_grad():
+        assert torch.equal(loaded["model"](tokens).logits, names["model"].eval()(tokens).logits)
+    exec(measure, names)
+    with names["SparsityMeter"](names["model"]) as meter:
+        names["model"](**names["batches"][0])
+    assert meter.report().sparsity == pytest.approx(0.9, abs=0.05)
+    exec(path, names)
+    said = re.search(r"reason  # ('.*')", path)[1]
+    assert repr(names["layer"].path(names["x"]).reason) == said
 
 
 def test_sft_trainer_takes_the_config(tmp_path):
