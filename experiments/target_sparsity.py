@@ -36,10 +36,10 @@ Each line is a single run. A target is missed where the whole is off by more tha
 """
 
 
-def finished(flag: str, value: float, folder: Path) -> dict:
-    """The metrics of a run with this flag, trained now if they are not there."""
+def finished(flags: dict[str, float], folder: Path) -> dict:
+    """The metrics of a run with these flags, trained now if they are not there."""
     if not (folder / "metrics.json").exists():
-        arguments = [f"--{flag}={value}", f"--val_set_size={HELD_OUT}", f"--output_dir={folder}"]
+        arguments = [f"--{flag}={value}" for flag, value in flags.items()] + [f"--output_dir={folder}"]
         if any(folder.glob("checkpoint-*")):
             arguments.append("--resume_from_checkpoint")
         done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
@@ -110,7 +110,8 @@ def main() -> None:
     runs = [("target_sparsity", t) for t in TARGETS] + [("v_threshold", v) for v in THRESHOLDS]
     rows = []
     for flag, value in tqdm(runs, desc="runs", unit="run"):
-        rows.append(row(flag, value, finished(flag, value, ROOT / "outputs" / "target_sparsity" / f"{flag}_{value:g}")))
+        folder = ROOT / "outputs" / "target_sparsity" / f"{flag}_{value:g}"
+        rows.append(row(flag, value, finished({flag: value, "val_set_size": HELD_OUT}, folder)))
     table = pd.DataFrame(rows).assign(python=platform.python_version(), torch=torch.__version__)
     table.to_csv(ROOT / "docs" / "target_sparsity.csv", index=False, float_format="%.6g")
     (ROOT / "docs" / "target_sparsity.md").write_text(text(table))

@@ -135,11 +135,25 @@ def test_bad_batches_change_nothing(batches, message):
     assert not any(gated.gate.observers for gated in gates(model))
 
 
-def test_constant_activations_have_no_threshold():
-    model = one_layer(torch.eye(2))
-    with pytest.raises(SpikeLoraError, match=r"near 0.9 in `0` \(nearest: 0.00\)"):
+@pytest.mark.parametrize("r", [2, 8])  # with eight values the share of 7/8 would be near
+def test_constant_activations_have_no_threshold(r):
+    model = one_layer(torch.arange(1.0, 2 * r + 1).view(r, 2))
+    with pytest.raises(SpikeLoraError, match=r"near 0.9 in `0` \(nearest: none\): its activations are .*constant"):
         calibrate_thresholds(model, [{"input": torch.ones(50, 2)}], 0.9)
     assert thresholds(model) == {"0": pytest.approx(0.1)}
+
+
+def test_activations_that_repeat_too_often_have_no_threshold():
+    model = one_layer(torch.eye(2))
+    x = torch.ones(50, 2)
+    x[:2] = torch.tensor([[2.0], [3.0]])
+    with pytest.raises(SpikeLoraError, match=r"near 0.7 in `0` \(nearest: 0.96\)"):
+        calibrate_thresholds(model, [{"input": x}], 0.7)
+
+
+def test_one_token_is_not_constant():
+    model = one_layer(torch.eye(2))
+    assert calibrate_thresholds(model, [{"input": torch.tensor([[1.0, 2.0]])}], 0.5) == {"0": 1.0}
 
 
 def test_an_error_in_the_middle_changes_nothing():

@@ -115,8 +115,8 @@ def test_the_training_logs_cover_every_token_since_the_last(tmp_path, monkeypatc
     monkeypatch.setattr(SparsityMeter, "report", lambda meter: reports.append(report(meter)) or reports[-1])
     trainer.train()
 
-    # 5 updates of 2 x 4 rows with 12 tokens that are no padding, in 12 modules
-    assert [r.tokens for r in reports] == [5 * 2 * 4 * 12 * 12] * 2
+    # 5 updates of 2 x 4 rows with 12 tokens that are no padding, in 12 modules; nothing is left at the end
+    assert [r.tokens for r in reports] == [5 * 2 * 4 * 12 * 12] * 2 + [0]
 
 
 def test_evaluate_alone_returns_the_figures(tmp_path):
@@ -240,8 +240,9 @@ def test_a_silent_module_that_has_learned_is_not_called_dead(tmp_path):
     trainer.train()
 
 
-def test_collapse_is_named_once(tmp_path):
-    trainer = make_trainer(tmp_path, spiking(v_threshold=1e6), logging_steps=2)
+@pytest.mark.parametrize("logging_steps", [2, 500])  # also where the training ends before a loss is logged
+def test_collapse_is_named_once(logging_steps, tmp_path):
+    trainer = make_trainer(tmp_path, spiking(v_threshold=1e6), logging_steps=logging_steps)
     trainer.add_callback(SparsityCallback(trainer))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
@@ -375,6 +376,20 @@ def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
     assert resumed_losses == losses
     assert resumed_thresholds == thresholds
     assert state["stateful_callbacks"]["SparsityControlCallback"]["args"] == {"warmup_ratio": 0.1, "gain": 0.1}
+
+
+def test_holding_may_begin_at_a_checkpoint_of_a_training_that_nothing_held(tmp_path):
+    model = spiking(target_sparsity=0.9, target_tolerance=0.5)
+    make_trainer(tmp_path, model, save_strategy="steps", save_steps=5, max_steps=5).train()
+    before = {g.gate.v_threshold.item() for g in gates(model)}
+
+    resumed = spiking(target_sparsity=0.9, target_tolerance=0.5)
+    make_trainer(tmp_path, resumed, [SparsityControlCallback()]).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-5")
+    )
+
+    assert before == {0.0}
+    assert all(g.gate.v_threshold.item() for g in gates(resumed))
 
 
 def test_ending_far_from_the_target_is_said(tmp_path):

@@ -253,6 +253,11 @@ class TestFromLora:
         assert type(model.base_model.model.fc) is LoraLinear
         assert "loses" not in capsys.readouterr().out
 
+    def test_how_a_trained_lora_began_does_not_matter(self):
+        model = adapted(One(), LoraConfig, r=2, target_modules=["fc"], init_lora_weights="orthogonal")
+        from_lora(model, [{"x": torch.randn(40, 3)}], 0.5)
+        assert model.peft_config["default"].init_lora_weights is True
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -183,6 +183,14 @@ def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(run_folder):
     assert run.curves("loss")["loss"] == [(10, 4.5), (20, 3.5)]
 
 
+def test_a_checkpoint_has_an_adapter_of_another_name_in_a_folder(run_folder):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run_folder / name).unlink()
+        (run_folder / "checkpoint-20" / "mine").mkdir(exist_ok=True)
+        (run_folder / "checkpoint-20" / name).rename(run_folder / "checkpoint-20" / "mine" / name)
+    assert read_run(run_folder).adapter.folder == run_folder / "checkpoint-20" / "mine"
+
+
 def test_firing_rates_come_in_the_order_of_the_layers(adapter_folder):
     modules = {f"layers.{n}.fc1": {"sparsity": 0.5, "firing_rates": [n / 16]} for n in (10, 1, 9)}
     report = {"sparsity": 0.5, "zero_threshold_sparsity": 0.25, "modules": modules}

@@ -3,17 +3,21 @@
 import copy
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from conftest import TOKENS as SHARED
 from conftest import spiking, tiny_gpt2, tiny_opt
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertLMHeadModel,
     BertModel,
+    EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
     LongformerConfig,
@@ -308,6 +312,23 @@ def test_encoder_decoder_and_cross_attention_each_have_their_mask(make):
     assert any(cross in name and name.endswith(queries) for name in meter.report().modules)
 
 
+@pytest.mark.parametrize("n_decoder_tokens", [14, 10])
+def test_what_joins_an_encoder_and_a_decoder_has_the_encoder_s_mask(n_decoder_tokens):
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 100}
+    encoder = BertModel(BertConfig(hidden_size=16, **shape))
+    decoder = BertLMHeadModel(BertConfig(hidden_size=24, is_decoder=True, add_cross_attention=True, **shape))
+    targets = ["enc_to_dec_proj", "crossattention.self.key", "crossattention.self.query"]
+    model = spiking(EncoderDecoderModel(encoder=encoder, decoder=decoder), target_modules=targets).eval()
+    encoder_mask, decoder_ids = torch.ones_like(TOKENS), TOKENS[:, :n_decoder_tokens]
+    decoder_mask = torch.ones_like(decoder_ids)
+    encoder_mask[0, 9:], decoder_mask[:, 3:] = 0, 0
+    with SparsityMeter(model) as meter:
+        model(TOKENS, encoder_mask, decoder_input_ids=decoder_ids, decoder_attention_mask=decoder_mask)
+    assert {module.kind: module.tokens for module in meter.report().modules.values()} == {
+        "enc_to_dec_proj": 23, "key": 23, "query": 6
+    }  # fmt: skip
+
+
 def test_a_decoder_without_a_mask_does_not_take_the_encoder_s():
     model = spiking(tiny_bart(), task_type="SEQ_2_SEQ_LM").eval()
     mask = torch.ones_like(TOKENS)
@@ -339,6 +360,40 @@ def test_a_layer_that_runs_twice_counts_twice():
         model(input_ids=TOKENS)
         model(input_ids=TOKENS)
     assert {m.tokens for m in meter.report().modules.values()} == {56}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[operation.overloadpacket] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_meter_waits_for_nothing_and_leaves_nothing_behind():
+    model = spiking(tiny_gpt2()).train()
+    mask = torch.ones_like(TOKENS)
+    mask[0, 10:] = 0
+
+    def count():
+        model.zero_grad()
+        with Operations() as seen:
+            model(input_ids=TOKENS, attention_mask=mask, labels=TOKENS).loss.backward()
+        return seen.counts
+
+    before = count()
+    with SparsityMeter(model):
+        added = count() - before
+    assert sum(added.values()) > 100  # it counts
+    aten = torch.ops.aten
+    waiting = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.is_nonzero, aten.equal}
+    assert not waiting & added.keys()
+    assert aten.index not in added  # by a boolean mask it would have to know how many are True
+    assert count() == before
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

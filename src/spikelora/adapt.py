@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from spikelora.layers import is_grouped
 from spikelora.neuron import charge
 from spikelora.observe import Gated, Observer, configs_of, gates, names, observing
 from spikelora.quantiles import QuantileSketch
+from spikelora.sparsity import SparsityMeter, SparsityReport
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
 MAX_MISS = 0.03
+# A module settles once those before it have: a chain of as many modules does, and longer ones nearly.
+_MAX_ROUNDS = 8
 
 
 def calibrate_thresholds(
@@ -54,14 +57,16 @@ def calibrate_thresholds(
             sketches[gated].add(v)
 
     run(model, batches, see, "calibrating")
-    found = {gated: _threshold(sketch, target_sparsity) for gated, sketch in sketches.items()}
+    found = {gated: _threshold(sketch, target_sparsity, _rank(gated)) for gated, sketch in sketches.items()}
     # The other way round a share that is no number, as of activations that are none, would pass.
     missed = {g.module: share for g, (_, share) in found.items() if not abs(share - target_sparsity) <= MAX_MISS}
     if missed:
+        nearest = {name: "none" if math.isnan(share) else f"{share:.2f}" for name, share in missed.items()}
         raise SpikeLoraError(
             f"No threshold gives a sparsity near {target_sparsity:g} in "
-            f"{', '.join(f'`{name}` (nearest: {share:.2f})' for name, share in missed.items())}: its activations are "
-            "too few, repeat too often, or are not finite. Calibrate on more varied data, or with another target."
+            f"{', '.join(f'`{name}` (nearest: {share})' for name, share in nearest.items())}: its activations are "
+            "too few, constant, repeat too often, or are not finite. Calibrate on more varied data, or with another "
+            "target."
         )
     warn_of_unreached(model, found, "their thresholds stay as they are")
     with torch.no_grad():
@@ -115,6 +120,29 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
     return _by_module({gated: int((~keep).sum()) for gated, keep in kept.items()})
 
 
+def settle_thresholds(
+    model: nn.Module, batches: Collection[Mapping[str, Any]], target_sparsity: float
+) -> SparsityReport:
+    """`calibrate_thresholds` in rounds, until each module is within 0.03 of the target, or eight rounds are over.
+
+    For adapters that were trained: the new gates change what the modules behind them see.
+
+    Returns:
+        The sparsity that was reached on the calibration data.
+
+    Raises:
+        SpikeLoraError: as `calibrate_thresholds`; the thresholds are then those of the round before.
+    """
+    for _ in range(_MAX_ROUNDS):
+        calibrate_thresholds(model, batches, target_sparsity)
+        with SparsityMeter(model) as meter:
+            run(model, batches, lambda gated, a, mask: None, "measuring")
+        report = meter.report()
+        if all(abs(m.sparsity - target_sparsity) <= MAX_MISS for m in report.modules.values() if m.tokens):
+            break
+    return report
+
+
 @torch.no_grad()
 def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observer, title: str) -> None:
     """Show the observer all activations of a model in evaluation mode, over batches of its keyword arguments.
@@ -154,14 +182,24 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
         raise SpikeLoraError("`batches` has no token that reaches an active spiking adapter, or all are padding.")
 
 
-def _threshold(sketch: QuantileSketch, target: float) -> tuple[float, float]:
-    """The threshold whose sparsity comes closest to the target, and that sparsity."""
+def _threshold(sketch: QuantileSketch, target: float, r: int) -> tuple[float, float]:
+    """The threshold whose sparsity comes closest to the target, and that sparsity; NaN where there is none.
+
+    One value for each rank, over several tokens, is a module that gates nothing by its input: whatever the threshold,
+    the same ranks are silent for good.
+    """
     values, below = sketch.shares_below()
+    is_constant = len(values) <= r < sketch.count
     values, below = values[values.isfinite()], below[values.isfinite()]
-    if not len(values):
+    if is_constant or not len(values):
         return math.nan, math.nan
     best = (below - target).abs().argmin()
     return values[best].item(), below[best].item()
+
+
+def _rank(gated: Gated) -> int:
+    layer: Any = gated.layer
+    return layer.r[gated.adapter]
 
 
 def warn_of_unreached(model: nn.Module, reached: Iterable[Gated], outcome: str) -> None:

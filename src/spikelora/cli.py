@@ -105,7 +105,7 @@ def calibrate(
     max_batches: _MaxBatches = None,
 ) -> None:
     """Set each module's threshold so that a target share of its activations is silent on a text."""
-    from spikelora.adapt import calibrate_thresholds
+    from spikelora.adapt import settle_thresholds
     from spikelora.config import check_target
     from spikelora.report_tables import numbers_table
 
@@ -115,10 +115,16 @@ def calibrate(
         raise typer.BadParameter(str(error)) from error
     with _new_folder(output) as partial:
         model, batches = _load(adapter, base_model, data, text_field, batch_size, cutoff_len, max_batches)
-        thresholds = calibrate_thresholds(model, batches, target_sparsity)
+        report = settle_thresholds(model, batches, target_sparsity)
         model.save_pretrained(partial)
     console = _console()
+    thresholds = {name: module.v_threshold for name, module in report.modules.items()}
     console.print(numbers_table(f"Thresholds for a sparsity of {target_sparsity:g}", thresholds, "v_threshold"))
+    reached = [module.sparsity for module in report.modules.values() if module.tokens]
+    console.print(
+        f"Sparsity on this text: {report.sparsity:.4f}, by module {min(reached):.4f} to {max(reached):.4f}",
+        soft_wrap=True,
+    )
     console.print(f"The calibrated adapter is in {output}", soft_wrap=True)
 
 

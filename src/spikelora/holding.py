@@ -83,7 +83,8 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self._is_new = state.global_step == 0
+        # A checkpoint of a training that nothing held has thresholds that are to be set as at a start.
+        self._is_new = state.global_step == 0 or type(self).__name__ not in state.stateful_callbacks
         if not self._is_new and all(self._is_at_start(gated, configs[gated.adapter]) for gated in self._targets):
             # accelerate's checkpoints under FSDP2 leave out what is not trained by gradients.
             raise SpikeLoraError(

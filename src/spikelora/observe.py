@@ -19,6 +19,10 @@ DATA_PARALLEL = (
 )
 
 
+# What transformers' EncoderDecoderModel and its kin run themselves, on the encoder's output.
+_ON_ENCODER_TOKENS = "enc_to_dec_proj"
+
+
 class Gated(NamedTuple):
     """One adapter's gate in one module, the module by its name in the model that was adapted."""
 
@@ -128,7 +132,8 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
 
         def note_mask(layer: Any, args: tuple) -> None:
             tokens = layer.tokens(args[0]) if args else None
-            seen.by_layer[layer] = (None if tokens is None else masks.of(tokens), _adapter_names(layer))
+            mask = None if tokens is None else masks.of(tokens, layer.target_name.endswith(_ON_ENCODER_TOKENS))
+            seen.by_layer[layer] = (mask, _adapter_names(layer))
 
         @torch.compiler.disable
         @torch.no_grad()
@@ -203,15 +208,15 @@ class TokenMasks(threading.local):
     def __init__(self) -> None:
         self._scopes: list[_Scope] = []
 
-    def of(self, x: Tensor) -> Tensor | None:
+    def of(self, x: Tensor, is_of_encoder: bool = False) -> Tensor | None:
         """Which tokens of a module's input `x (..., in)` are no padding, as they lie in `x`; None where unknown."""
         if not self._scopes:
             return None
         scope = self._scopes[-1]
         states, mask = scope.encoder_states, scope.mask
-        if states is not None and x.shape == states.shape and x.data_ptr() == states.data_ptr():
+        if is_of_encoder or (states is not None and x.shape == states.shape and x.data_ptr() == states.data_ptr()):
             mask = scope.encoder_mask  # keys and values of cross-attention are made from the encoder's tokens
-        if mask is None:
+        if mask is None or mask.dim() != 2:
             return None
         if scope.is_cached and x.dim() == 3 and x.shape[0] == mask.shape[0]:
             mask = mask[:, -x.shape[1] :]  # behind a cache the newest tokens are computed alone
@@ -236,7 +241,7 @@ class TokenMasks(threading.local):
             scope = scope._replace(mask=None, encoder_states=states, encoder_mask=given.get("encoder_attention_mask"))
         if "decoder_attention_mask" in signature.parameters:
             # Encoder and decoder in one: it hands the encoder its mask, and what it runs itself are decoder tokens.
-            scope, mask = scope._replace(mask=None), given.get("decoder_attention_mask")
+            scope, mask = scope._replace(mask=None, encoder_mask=mask), given.get("decoder_attention_mask")
         if "pixel_values" in signature.parameters and "input_ids" not in signature.parameters:
             scope = scope._replace(mask=None)  # a vision tower, whose patches no text mask is for
         # A number inside of a mask is one to add to attention scores, as Longformer's layers take it.

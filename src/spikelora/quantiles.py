@@ -20,11 +20,13 @@ class QuantileSketch:
         self._waiting: list[Tensor] = []
         self._levels: list[Tensor | None] = []
         self._offset = 0
+        self.count = 0  # of the numbers added
 
     def add(self, values: Tensor) -> None:
         """Add the numbers of a tensor of any shape; a NaN has no rank and is left out."""
         values = values.detach().flatten().float()
         self._waiting.append(values[~values.isnan()])
+        self.count += len(self._waiting[-1])
         if sum(map(len, self._waiting)) >= _SIZE:
             *full, rest = torch.cat(self._waiting).split(_SIZE)
             if len(rest) == _SIZE:

@@ -156,7 +156,7 @@ def read_run(folder: Path) -> Run:
     checkpoint = _last_checkpoint(folder)
     is_ended = (folder / CONFIG_NAME).exists()
     metrics = _read_json(folder / METRICS_FILE)
-    adapter = read_adapter(folder if is_ended or checkpoint is None else checkpoint)
+    adapter = read_adapter(folder if is_ended or checkpoint is None else _adapter_in(checkpoint))
     state_file = next(
         (path / STATE_FILE for path in (folder, checkpoint) if path and (path / STATE_FILE).exists()), None
     )
@@ -198,6 +198,12 @@ def _last_checkpoint(folder: Path) -> Path | None:
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
     numbered = [path for path in complete if path.name.rpartition("-")[2].isdigit()]
     return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _adapter_in(checkpoint: Path) -> Path:
+    """Where a checkpoint has its adapter: PEFT saves one that is not called `default` in a folder of its name."""
+    named = sorted(path.parent for path in checkpoint.glob(f"*/{CONFIG_NAME}"))
+    return named[0] if named and not (checkpoint / CONFIG_NAME).exists() else checkpoint
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class SparsityMeter:
     Args:
         model: a model with spiking adapters.
         training: count the modules in training mode only (True), in evaluation mode only (False) or both (None).
-        adapters: count those adapters only; by default all.
+        adapters: count the adapters of these names only; by default all.
 
     Raises:
         SpikeLoraError: where the model has no spiking adapter, under `torch.nn.DataParallel`, and for what accelerate
@@ -112,6 +112,7 @@ class SparsityMeter:
     def __init__(self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | None = None) -> None:
         self._model = model
         self._training = training
+        adapters = [adapters] if isinstance(adapters, str) else adapters
         found = [gated for gated in gates(model) if adapters is None or gated.adapter in adapters]
         self._gated = {(gated.module, gated.adapter): gated for gated in found}
         self._counts: dict[tuple[str, str], Tensor] = {}

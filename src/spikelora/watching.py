@@ -82,6 +82,7 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._training.__exit__()
+        self._of_training()  # warns of what no log of a loss came to tell
 
     def on_evaluate(
         self,
