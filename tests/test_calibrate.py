@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from conftest import spiking as trained
 from conftest import tiny_opt
 from peft import get_peft_model
 from torch import nn
 
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
+from spikelora.adapt import settle_thresholds
 from spikelora.observe import gates
 
 TOKENS = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -149,6 +151,22 @@ def test_activations_that_repeat_too_often_have_no_threshold():
     x[:2] = torch.tensor([[2.0], [3.0]])
     with pytest.raises(SpikeLoraError, match=r"near 0.7 in `0` \(nearest: 0.96\)"):
         calibrate_thresholds(model, [{"input": x}], 0.7)
+
+
+def test_a_trained_adapter_settles_in_rounds():
+    model = trained(tiny_opt(), r=8, lora_alpha=64)
+
+    def furthest():
+        with SparsityMeter(model) as meter:
+            for batch in BATCHES:
+                model(**batch)
+        return max(abs(module.sparsity - 0.9) for module in meter.report().modules.values())
+
+    calibrate_thresholds(model, BATCHES)
+    assert furthest() > 0.05
+    report = settle_thresholds(model, BATCHES, 0.9)
+    assert furthest() == pytest.approx(max(abs(module.sparsity - 0.9) for module in report.modules.values()))
+    assert furthest() <= 0.03
 
 
 def test_one_token_is_not_constant():
