@@ -1,6 +1,7 @@
 """Command line of the study: run it, list what is pending, and make tables, pictures and the page of the results."""
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -19,10 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     # PEFT 0.21 uses names of checkpointing that transformers 5 deprecates.
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
     try:
-        store = Store(options.results)
         if options.command == "page":
-            return _page(store)
-        return COMMANDS[options.command](read_study(_path(options.study)), store, options)
+            return _page(Store(page.RESULTS))
+        return COMMANDS[options.command](read_study(_path(options.study)), Store(options.results), options)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
@@ -111,7 +111,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text)
         if name != "page":
             command.add_argument("study", help="path of a study file, or the name of one in experiments/studies")
-        command.add_argument("--results", type=Path, default=page.RESULTS, help="folder of the results")
+            command.add_argument("--results", type=Path, default=page.RESULTS, help="folder of the results")
         if name in ("run", "list"):
             command.add_argument("--retry", action="store_true", help="failed runs as well")
         if name == "run":
@@ -126,4 +126,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept, and the same command goes on", file=sys.stderr, flush=True)
+        os._exit(130)  # workers end with this process, and would be waited for otherwise
+    sys.exit(status)

@@ -60,12 +60,13 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
         for series, cells in _series(study, swept).items():
             at = [(_value(cell, swept), _stats(cell, lines, name)) for cell in cells]
             at = [(x, s) for x, s in at if s is not None and not math.isnan(s.mean)]
-            if at and at[0][0] is not None:
-                xs, ss = zip(*sorted(at, key=lambda pair: pair[0]), strict=True)
+            points = sorted(((x, s) for x, s in at if x is not None), key=lambda pair: pair[0])
+            if points:
+                xs, ss = zip(*points, strict=True)
                 sd = [0 if math.isnan(s.sd) else s.sd for s in ss]
                 panel.errorbar(xs, [s.mean for s in ss], sd, marker="o", markersize=4, capsize=2, label=series)
-            elif at:
-                panel.axhline(at[0][1].mean, linestyle="--", color="0.4", label=series)
+            for _, level in (pair for pair in at if pair[0] is None):
+                panel.axhline(level.mean, linestyle="--", color="0.4", label=series)
         panel.set(xlabel=swept, title="held-out loss" if name == "loss" else name)
         panel.grid(alpha=0.3)
         if swept in ("learning_rate", "r", "train_rows"):

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -40,8 +41,9 @@ def prepare(study: Study, runs: list[Run], store: Store) -> None:
         except TaskError as error:
             raise StudyError(f"{study.where('task')}: the task `{task}` cannot be used: {error}") from error
     for model, task in dict.fromkeys((run.model, run.task) for run in runs):
+        longest = max(run.max_length for run in runs if run.model == model)
         try:
-            models.check(model, TASKS[task])
+            models.check(model, TASKS[task], longest)
         except models.ModelError as error:
             raise StudyError(f"{study.where('model')}: {error}") from error
 
@@ -68,21 +70,25 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
-        try:
-            for future in as_completed([pool.submit(run_one, run, store, retry) for run in runs]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise StudyError(
-                "A worker was killed, as systems do that run out of memory. What was finished is kept: run the study "
-                "again, perhaps with fewer --workers."
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        for future in as_completed([pool.submit(run_one, run, store, retry) for run in runs]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise StudyError(
+            "A worker was killed, as systems do that run out of memory. What was finished is kept: run the study "
+            "again, perhaps with fewer --workers."
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for what is being trained
 
 
 def _end_with_parent() -> None:
-    """Else a worker whose parent was killed would wait for ever, and hold its claim."""
+    """Else a worker whose parent was killed would wait for ever, and hold its claim.
+
+    An interruption from the keyboard reaches workers as well, which would go on with the next run; their parent ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

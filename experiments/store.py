@@ -17,6 +17,11 @@ from .study import Run, StudyError, key_of
 
 SCHEMA = 1
 _KEYS = {"schema", "key", "status", "config", "versions", "where"}
+# What tables and pictures read of a run that is done.
+_PARTS = {
+    "result": {"metrics": dict, "history": list, "gradient_norms": dict, "generalisation_gap": float, "r": int},
+    "where": {"device": str, "date": str, "total_seconds": float, "training_cpu_seconds": float},
+}
 
 
 class Store:
@@ -75,25 +80,37 @@ class Store:
         return self.folder / f"{run.key}.jsonl"
 
     def _read(self, path: Path) -> dict[str, Any]:
-        lines = path.read_text().splitlines()
         where = f"{path}, line 1"
-        if len(lines) != 1:
-            raise StudyError(f"{path}, line {len(lines)}: a result is one line, this file has {len(lines)}; remove it")
         try:
-            line = json.loads(lines[0])
-        except json.JSONDecodeError as error:
+            lines = path.read_text().splitlines()
+            line = json.loads(lines[0]) if lines else None
+        except OSError as error:
+            raise StudyError(f"{path}: cannot be read ({error.strerror}); results are files") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise StudyError(f"{where}: is no JSON ({error}); remove the file, and the run is done again") from error
+        if len(lines) != 1:
+            last = max(1, len(lines))
+            raise StudyError(f"{path}, line {last}: a result is one line, this file has {len(lines)}; remove it")
         if not isinstance(line, dict) or line.get("schema") != SCHEMA:
             found = line.get("schema") if isinstance(line, dict) else None
             raise StudyError(
                 f"{where}: written by version {found} of the schema, and this is version {SCHEMA}; keep those results "
                 "in a folder of their own, and give another one by --results"
             )
-        if not line.keys() >= _KEYS | ({"result"} if line.get("status") == "done" else {"error"}):
+        if not _is_whole(line):
             raise StudyError(f"{where}: a part of the result is missing; remove the file, and the run is done again")
         if line["key"] != key_of(line["config"]) or line["key"] != path.stem:
             raise StudyError(f"{where}: key, configuration and file name do not belong together; remove the file")
         return line
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    if not line.keys() >= _KEYS or line["status"] != "done":
+        return line.get("status") == "failed" and isinstance(line.get("error"), str)
+    parts = [(line.get(part), name, kind) for part, names in _PARTS.items() for name, kind in names.items()]
+    if not all(isinstance(part, dict) and isinstance(part.get(name), kind) for part, name, kind in parts):
+        return False
+    return all(isinstance(value, int | float) for value in line["result"]["metrics"].values())
 
 
 def _rounded(value: Any) -> Any:

@@ -6,7 +6,7 @@ Everything that can be wrong with a study is found here, before anything runs, a
 import hashlib
 import itertools
 import json
-import re
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -146,7 +146,7 @@ _LIMITS = {
     "eval_rows": (lambda v: v >= 1, "at least 1"),
     "task": (lambda v: v in TASKS, f"one of {', '.join(TASKS)}"),
     "method": (lambda v: v in METHODS, f"one of {', '.join(METHODS)}"),
-    "seed": (lambda v: v >= 0, "at least 0"),
+    "seed": (lambda v: 0 <= v < 2**32, "at least 0 and below 2**32"),
 }
 
 
@@ -174,30 +174,30 @@ class _Reader:
     def study(self) -> Study:
         values = self.values
         for key in values.keys() - _KEYS:
-            self.fail(key, f"unknown key `{key}`; there are {', '.join(sorted(_KEYS))}")
+            self.fail(f"unknown key `{key}`; there are {', '.join(sorted(_KEYS))}", key)
         for key in ("title", "seeds", "methods"):
             if not values.get(key):
-                self.fail(key, f"`{key}` is missing or empty")
+                self.fail(f"`{key}` is missing or empty", key)
         for key in _TEXTS:
             if not isinstance(values.get(key, ""), str):
-                self.fail(key, f"`{key}` must be text, got {values[key]!r}")
+                self.fail(f"`{key}` must be text, got {values[key]!r}", key)
         for key, kind, name in (("settings", dict, "table"), ("grid", dict, "table"), ("methods", list, "list")):
             if not isinstance(values.get(key, kind()), kind):
-                self.fail(key, f"`{key}` must be a {name}")
+                self.fail(f"`{key}` must be a {name}", key)
         if not isinstance(values.get("order", 0), int):
-            self.fail("order", f"`order` must be a whole number, got {values['order']!r}")
+            self.fail(f"`order` must be a whole number, got {values['order']!r}", "order")
         show = values.get("show", [])
         if not isinstance(show, list) or any(name not in _SHOWN for name in show):
-            self.fail("show", f"`show` must be a list of {', '.join(_SHOWN)}, got {show!r}")
+            self.fail(f"`show` must be a list of {', '.join(_SHOWN)}, got {show!r}", "show")
         self.once(values, values.get("settings", {}), values.get("grid", {}))
         if not values.get("grid", {"": 0}):
-            self.fail("grid", "`grid` is empty; give it a list, or leave it out")
+            self.fail("`grid` is empty; give it a list, or leave it out", "grid")
         shared = {key: values[key] for key in ("model", "task") if key in values} | values.get("settings", {})
         for key, value in shared.items():
-            self.check(key, value, _OWN | {"method", "seed"})
-        seeds = self.options("seed", values["seeds"], set(), key="seeds")
+            self.check(key, value, _OWN | {"method", "seed"}, *self.place(key))
+        seeds = self.options("seed", values["seeds"], set(), "seeds")
         grid = values.get("grid", {})
-        grid = {key: self.options(key, value, _OWN | {"method", "seed"}) for key, value in grid.items()}
+        grid = {key: self.options(key, value, _OWN | {"method", "seed"}, "grid", key) for key, value in grid.items()}
         cells = tuple(
             Cell(tuple(point.items()), label, self.runs(shared | point | own, seeds, nth), against)
             for point in _product(grid)
@@ -206,49 +206,52 @@ class _Reader:
         compare = values.get("compare")
         for metrics in [TASKS[cell.runs[0].task].metrics for cell in cells] if compare else ():
             if compare not in (*metrics, "loss"):
-                self.fail("compare", f"`compare` must be one of {', '.join(dict.fromkeys((*metrics, 'loss')))}")
-        names = [(cell.point, cell.label) for cell in cells]
-        twice = [label for (point, label) in names if names.count((point, label)) > 1]
-        if twice:
-            self.fail("methods", f"`{twice[0]}` is listed twice")
+                self.fail(f"`compare` must be one of {', '.join(dict.fromkeys((*metrics, 'loss')))}", "compare")
         if not any(cell.is_baseline for cell in cells):
-            self.fail("methods", 'no plain `name = "lora"` to compare with; add it')
+            self.fail('no plain `name = "lora"` to compare with; add it', "methods")
         texts = {key: " ".join(values.get(key, "").split()) for key in ("title", "question", "finding")}
         texts["compare"] = compare
-        lines = {key: self.line(key, None) for key in ("task", "model")}
+        lines = {key: self.line(*self.place(key)) for key in ("task", "model")}
         show, order = tuple(values.get("show", ())), values.get("order", 100)
         return Study(name=self.path.stem, path=self.path, cells=cells, show=show, order=order, lines=lines, **texts)
 
     def once(self, top: dict[str, Any], settings: dict[str, Any], grid: dict[str, Any]) -> None:
         """A key that stands in two places of which neither is meant to override the other is refused."""
-        for key in grid.keys() & (settings.keys() | top.keys()) | settings.keys() & top.keys():
-            self.fail(key, f"`{key}` is given twice, at the top, in `settings` or in `grid`")
+        twice = [("grid", key) for key in grid.keys() & (settings.keys() | top.keys())]
+        twice += [("settings", key) for key in settings.keys() & top.keys()]
+        for table, key in twice:
+            self.fail(f"`{key}` is given twice, at the top, in `settings` or in `grid`", table, key)
 
     def methods(self, grid: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any], str | None]]:
         """Each method: which table of the file, a label, the fields of its runs, and what else it is compared with."""
-        labels = {label for _, label, _, _ in self.each_method(grid)}
+        others = {label for _, label, _, _ in self.each_method(grid)} - {"lora"}  # all are compared with that one
+        labels = set()
         for nth, label, own, against in self.each_method(grid):
-            if against is not None and against not in labels - {label}:
-                self.fail("against", f"`against` is {against!r}; there are {', '.join(sorted(labels - {label}))}", nth)
+            if label in labels:
+                self.fail(f"`{label}` is listed twice", "methods", nth)
+            labels.add(label)
+            if against is not None and against not in others - {label}:
+                there = ", ".join(sorted(others - {label})) or "no others"
+                self.fail(f"`against` is {against!r}; there are {there}", "methods", nth, "against")
             yield nth, label, own, against
 
     def each_method(self, grid: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any], str | None]]:
         for nth, method in enumerate(self.values["methods"]):
             if not isinstance(method, dict) or "name" not in method:
-                self.fail("methods", "each of `methods` needs a `name`", nth)
+                self.fail("each of `methods` needs a `name`", "methods", nth)
             name = method["name"]
-            self.check("method", name, set(), nth, key="name")
+            self.check("method", name, set(), "methods", nth, "name")
             own = {key: value for key, value in method.items() if key not in ("name", "against")}
             for key in own.keys() & grid.keys():
-                self.fail(key, f"`{key}` is given in `grid` as well", nth)
+                self.fail(f"`{key}` is given in `grid` as well", "methods", nth, key)
             foreign = (_OWN - METHODS[name].keys()) | {"method", "seed", "model", "task"}
             options = {
-                key: self.options(key, value if isinstance(value, list) else [value], foreign, nth)
+                key: self.options(key, value if isinstance(value, list) else [value], foreign, "methods", nth, key)
                 for key, value in own.items()
             }
             defaults = METHODS[name]
             for needed in [key for key, value in defaults.items() if value is ... and key not in own]:
-                self.fail("name", f"`{name}` needs a `{needed}`", nth)
+                self.fail(f"`{name}` needs a `{needed}`", "methods", nth, "name")
             for point in _product(options):
                 words = {key: as_text(value) for key, value in point.items()}
                 label = " ".join([name, *(f"{key}={word}" for key, word in words.items())])
@@ -259,58 +262,81 @@ class _Reader:
         try:
             return method["against"].format(**words) if "against" in method else None
         except (AttributeError, KeyError, IndexError, ValueError):
-            self.fail("against", f"`against` must be the label of a method, got {method['against']!r}", nth)
+            said = f"`against` must be the label of a method, got {method['against']!r}"
+            self.fail(said, "methods", nth, "against")
 
     def runs(self, values: dict[str, Any], seeds: list[int], nth: int) -> tuple[Run, ...]:
         for needed in ("model", "task", "learning_rate"):
             if needed not in values:
-                self.fail("settings", f"`{needed}` is missing: give it in the file, in `settings` or in `grid`")
+                self.fail(f"`{needed}` is missing: give it in the file, in `settings` or in `grid`", "settings")
         # Numbers of one kind, so that 1 and 1.0 are the same run.
         values = {key: float(v) if "float" in str(_TYPES[key]) and v is not None else v for key, v in values.items()}
         runs = tuple(Run(**values, seed=seed) for seed in seeds)
         try:
             adapter_config(runs[0], "CAUSAL_LM")
         except SpikeLoraError as error:
-            self.fail("name", str(error), nth)
+            self.fail(str(error), "methods", nth, "name")
         return runs
 
-    def options(
-        self, name: str, values: Any, foreign: set[str], nth: int | None = None, key: str | None = None
-    ) -> list[Any]:
-        key = key or name
+    def options(self, name: str, values: Any, foreign: set[str], *place: str | int) -> list[Any]:
+        key = place[-1]
         if not isinstance(values, list) or not values:
-            self.fail(key, f"`{key}` must be a list of at least one value, got {values!r}", nth)
+            self.fail(f"`{key}` must be a list of at least one value, got {values!r}", *place)
         for value in values:
-            self.check(name, value, foreign, nth, key)
-        if len({str(value) for value in values}) < len(values):
-            self.fail(key, f"`{key}` has a value twice: {values}", nth)
+            self.check(name, value, foreign, *place)
+        if len(set(values)) < len(values):
+            self.fail(f"`{key}` has a value twice: {values}", *place)
         return values
 
-    def check(self, name: str, value: Any, foreign: set[str], nth: int | None = None, key: str | None = None) -> None:
-        """Whether a field of a run may be set here, and to this value."""
-        key = key or name
+    def check(self, name: str, value: Any, foreign: set[str], *place: str | int) -> None:
+        """Whether a field of a run may be set at this place of the file, and to this value."""
+        key = place[-1]
         if name not in _TYPES or name in foreign:
             known = ", ".join(sorted(_TYPES.keys() - foreign))
-            self.fail(key, f"`{key}` has no meaning here; there are {known}", nth)
+            self.fail(f"`{key}` has no meaning here; there are {known}", *place)
         kinds = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
         wanted = str(_TYPES[name]).replace("<class '", "").replace("'>", "").split(" | ")[0]
-        right = isinstance(value, kinds[wanted]) and isinstance(value, bool) == (wanted == "bool")
-        is_right, words = _LIMITS.get(name, (lambda v: True, f"a {wanted}"))
-        if not right or value != value or not is_right(value):
-            self.fail(key, f"`{key}` must be {words if right else f'of type {wanted}'}, got {value!r}", nth)
+        is_right, words = _LIMITS.get(name, (lambda v: True, ""))
+        if not isinstance(value, kinds[wanted]) or isinstance(value, bool) != (wanted == "bool"):
+            words = f"of type {wanted}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            words = "finite"
+        elif is_right(value):
+            return
+        self.fail(f"`{key}` must be {words}, got {value!r}", *place)
 
-    def fail(self, key: str, message: str, nth: int | None = None) -> NoReturn:
-        raise StudyError(f"{self.path}, line {self.line(key, nth)}: {message}")
+    def fail(self, message: str, *place: str | int) -> NoReturn:
+        raise StudyError(f"{self.path}, line {self.line(*place)}: {message}")
 
-    def line(self, key: str, nth: int | None) -> int:
-        """Where a key stands first, of the whole file or of the n-th of the methods; else where that begins."""
-        lines = [line.partition("#")[0] for line in self.text.splitlines()]
-        heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[\[\s*methods\s*\]\]", line)]
-        first, last = 0, len(lines)
-        if nth is not None and nth < len(heads):
-            first, last = heads[nth], heads[nth + 1] if nth + 1 < len(heads) else len(lines)
-        found = (n for n in range(first, last) if re.match(rf'\s*\[*\s*"?{re.escape(key)}"?\s*(=|\])', lines[n]))
-        return next(found, first) + 1
+    def place(self, key: str) -> tuple[str, ...]:
+        """Where a field that all runs share is given: at the top, in `settings` or in `grid`."""
+        return next(((t, key) for t in ("settings", "grid") if key in self.values.get(t, {})), (key,))
+
+    def line(self, *place: str | int) -> int:
+        """The line at which a key begins, by the keys and numbers that lead to it; else that of what it belongs to.
+
+        The first lines of the file are parsed, one more each time, until the key is there.
+        """
+        lines = self.text.split("\n")
+        for depth in range(len(place), 0, -1):
+            parsed = 0
+            for n in range(1, len(lines) + 1):
+                try:
+                    values = tomllib.loads("\n".join(lines[:n]))
+                except tomllib.TOMLDecodeError:  # in the middle of a value
+                    continue
+                if _holds(values, place[:depth]):
+                    return parsed + 1
+                parsed = n
+        return 1
+
+
+def _holds(values: Any, place: tuple[str | int, ...]) -> bool:
+    for key in place:
+        if not (key in values if isinstance(values, dict) else isinstance(values, list) and key in range(len(values))):
+            return False
+        values = values[key]
+    return True
 
 
 def as_text(value: Any) -> str:

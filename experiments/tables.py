@@ -16,7 +16,7 @@ Lines = dict[str, dict[str, Any]]
 NOTE = (
     "Mean ± standard deviation over seeds [95 % confidence interval]; differences to LoRA are paired by seed; p is of "
     "the paired t test, corrected by Holm's method for all differences of the table. "
-    "Bold: p < 0.05 over at least 3 seeds in a table that is complete, and nothing else."
+    "Bold: p < 0.05 over at least 3 seeds, none of which failed, in a table that is complete, and nothing else."
 )
 
 
@@ -26,7 +26,8 @@ def markdown(study: Study, store: Store) -> str:
     failed = {run.key: line["error"] for run in study.runs if (line := store.get(run)) and line["status"] == "failed"}
     pending = len(study.runs) - len(lines) - len(failed)
     if not lines:
-        return f"*Not run: {pending} runs are pending{f', {len(failed)} failed' if failed else ''}.*\n"
+        said = f"*Not run: {pending} runs are pending{f', {len(failed)} failed' if failed else ''}.*"
+        return "\n\n".join([said, *_remarks(study, lines, failed)]) + "\n"
     parts = []
     if pending:
         parts.append(f"*Incomplete: {pending} of {len(study.runs)} runs are pending.*")
@@ -83,8 +84,14 @@ def _compared(
     head += [*map(_title, others), "gap", "sparsity", "at threshold 0", "silent tokens", "dead before, after"]
     head.append("CPU min" if on_cpu else "min")
     pairs = [_difference(cell, study, lines, label) for cell in study.cells for label in ("lora", cell.against)]
-    corrected = iter(holm([pair.p if pair else math.nan for pair in pairs]))
-    differences = iter([_difference_text(pair, p, is_complete) for pair, p in zip(pairs, corrected, strict=True)])
+    corrected = holm([pair.p if pair else math.nan for pair in pairs])
+    # What is left of seeds some of which failed is a selection, and no sample.
+    whole = [
+        is_complete and not any(run.key in failed for c in (cell, beside(cell, study, label)) if c for run in c.runs)
+        for cell in study.cells
+        for label in ("lora", cell.against)
+    ]
+    differences = iter(map(_difference_text, pairs, corrected, whole))
     body = []
     for cell in study.cells:
         found = of_cell(cell, lines)
@@ -130,7 +137,7 @@ def _difference(cell: Cell, study: Study, lines: Lines, label: str | None) -> Di
 def _circumstances(line: dict[str, Any]) -> list[Any]:
     """What has to be the same in a pair beside seed and settings; `pydoc` is another text in each Python."""
     rows = [line["result"].get(name) for name in ("train_rows", "eval_rows")]
-    return [*rows, line["where"]["device"]]
+    return [*rows, line["where"]["device"], *(line["versions"].get(name) for name in ("python", "torch"))]
 
 
 def _over(found: dict[int, dict[str, Any]], name: str) -> Summary:
@@ -204,6 +211,7 @@ def _remarks(study: Study, lines: Lines, failed: dict[str, str]) -> list[str]:
         errors = [failed[run.key] for run in cell.runs if run.key in failed]
         warned = [w for line in of_cell(cell, lines).values() for w in line["result"].get("warnings", ())]
         for text in [*errors, *warned]:
+            text = " ".join(text.split())
             shown = f"{where}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '...'}"
             remarks[shown] = remarks.get(shown, 0) + 1
     lists = [f"- {text}" + (f" ({n} times)" if n > 1 else "") for text, n in remarks.items()]
@@ -214,7 +222,7 @@ def _spent(lines: Sequence[dict[str, Any]]) -> str:
     """Where and with what; the newest and the oldest where they differ."""
     hours = sum(line["where"]["total_seconds"] for line in lines) / 3600
     devices = sorted({line["where"]["device"] for line in lines})
-    used = {name: sorted({line["versions"][name] for line in lines}) for name in lines[0]["versions"]}
+    used = {name: sorted({line["versions"].get(name, "none") for line in lines}) for name in lines[0]["versions"]}
     packages = ", ".join(f"{name} {' and '.join(found)}" for name, found in used.items())
     dates = sorted({line["where"]["date"] for line in lines})
     return (
@@ -230,11 +238,11 @@ def _table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(kept), *lines[1:]])
 
 
-def _difference_text(found: Difference | None, p: float, is_complete: bool) -> list[str]:
+def _difference_text(found: Difference | None, p: float, is_whole: bool) -> list[str]:
     if found is None:
         return ["", ""]
     text = f"{found.mean:+.3f}" + ("" if math.isnan(found.low) else f" [{found.low:+.3f}, {found.high:+.3f}]")
-    if is_complete and found.n >= ENOUGH and p < LEVEL:
+    if is_whole and found.n >= ENOUGH and p < LEVEL:
         text = f"**{text}**"
     return [text, "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"]
 

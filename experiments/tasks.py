@@ -192,19 +192,26 @@ _GLUE = {
 def _glue(name: str, held_out: str) -> Rows:
     from datasets import load_dataset
 
-    columns = _GLUE[name][0]
+    columns, _, n_labels = _GLUE[name]
     try:
         splits = load_dataset("glue", name)
     except Exception as error:  # no network, no such data set: the hub's errors are of many types
         raise TaskError(f"glue/{name} cannot be had from the hub: {type(error).__name__}: {error}") from error
     made = []
     for split in ("train", held_out):
+        if split not in splits:
+            raise TaskError(f"glue/{name}: has no split {split}, but {', '.join(splits)}")
         found = splits[split].column_names
         if missing := {*columns, "label"} - set(found):
             raise TaskError(f"glue/{name}, {split}: has the columns {found}, and lacks {', '.join(sorted(missing))}")
         texts = [splits[split][column] for column in columns]
         texts = [*texts, [None] * len(texts[0])][:2]
-        made.append([Row(*row) for row in zip(*texts, splits[split]["label"], strict=True)])
+        rows = [Row(*row) for row in zip(*texts, splits[split]["label"], strict=True)]
+        for number, row in enumerate(rows, 1):
+            is_label = row.label in range(n_labels) if n_labels > 1 else isinstance(row.label, float)
+            if not is_label or not all(isinstance(text, str) for text in row[: len(columns)]):
+                raise TaskError(f"glue/{name}, {split}, row {number}: needs text and a label, has {tuple(row)!r:.200}")
+        made.append(_some(rows, f"glue/{name}, {split}"))
     return Rows(*made)
 
 

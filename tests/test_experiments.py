@@ -1,5 +1,6 @@
 """The study: bad input stops it before anything runs, an interrupted one goes on, its tables are made of results."""
 
+import functools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from experiments import page, paired, runner, tables, tasks
 from experiments.__main__ import main
 from experiments.methods import RandomMask, adapt, rank_of_same_operations
 from experiments.store import SCHEMA, Store
-from experiments.study import Run, read_study
+from experiments.study import Run, StudyError, read_study
 from experiments.train import train
 from peft import LoraConfig
 from processes import in_processes
@@ -97,9 +98,9 @@ class TestBadStudy:
             ('"spikelora"\nv_threshold = [0.1, 2.0]', '"dropout"', "line 19: `dropout` needs a `rate`"),
             ("[[methods]]\n", "[grid]\nr = []\n[[methods]]\n", "line 16: `r` must be a list of at least one value"),
             ("[[methods]]\n", "[grid]\n[[methods]]\n", "line 15: `grid` is empty"),
-            ("[[methods]]\n", "[grid]\nepochs = [1, 2]\n[[methods]]\n", "line 9: `epochs` is given twice"),
+            ("[[methods]]\n", "[grid]\nepochs = [1, 2]\n[[methods]]\n", "line 16: `epochs` is given twice"),
             ("[[methods]]\n", "[grid]\ntau = [2.0]\n[[methods]]\n", "line 16: `tau` has no meaning here"),
-            ("[0.1, 2.0]", "0.1\nagainst = 'dropout'", "line 21: `against` is 'dropout'; there are lora"),
+            ("[0.1, 2.0]", "0.1\nagainst = 'dropout'", "line 21: `against` is 'dropout'; there are no others"),
             ("[0.1, 2.0]", "0.1\nagainst = 'lora r={r}'", "line 21: `against` must be the label of a method"),
             ('task = "pydoc"', 'task = "pydoc"\ncompare = "mcc"', "line 5: `compare` must be one of loss"),
             ("learning_rate = 1e-2", "learning_rate = -1.0", "line 8: `learning_rate` must be above 0, got -1.0"),
@@ -107,6 +108,13 @@ class TestBadStudy:
             ('[[methods]]\nname = "lora"\n', "", 'no plain `name = "lora"` to compare with'),
             ('"history"]', '"histories"]', "line 2: `show` must be a list of sweep, modules"),
             ("[0.1, 2.0]", "[0.1, 0.1]", "line 20: `v_threshold` has a value twice"),
+            ("[0.1, 2.0]", "[1, 1.0]", "line 20: `v_threshold` has a value twice"),
+            ("[0.1, 2.0]", '0.1\nagainst = "lora"', "line 21: `against` is 'lora'; there are no others"),
+            ("[0.1, 2.0]", '0.1\n[[methods]]\nname = "lora"', "line 21: `lora` is listed twice"),
+            ("learning_rate = 1e-2", "learning_rate = inf", "line 8: `learning_rate` must be finite, got inf"),
+            ("seeds = [0, 1]", "seeds = [4294967296]", "line 5: `seeds` must be at least 0 and below 2**32"),
+            ("max_length = 16", "max_length = 100000", "line 3: the model `embedded` has 256 positions, fewer than"),
+            ("epochs = 1", "'epochs' = 0", "line 9: `epochs` must be at least 1, got 0"),
             ('title = "Tiny"', 'title = "Tiny', "is no TOML: .*line 1"),
         ],
     )  # fmt: skip
@@ -114,8 +122,16 @@ class TestBadStudy:
         assert old in STUDY
         study.write_text(STUDY.replace(old, new, 1))
         assert main(["run", str(study), "--results", str(study.parent / "results")]) == 2
-        assert re.search(message.replace("[", r"\[").replace("(", r"\("), capsys.readouterr().err)
+        assert re.search(re.escape(message).replace(r"\.\*", ".*"), capsys.readouterr().err)
         assert not (study.parent / "results").exists()
+
+    def test_is_refused_with_its_line_whatever_the_order_of_its_tables(self, study):
+        study.write_text(
+            'title = """\nr = 3\n"""\nmodel = "embedded"\ntask = "pydoc"\nseeds = [0]\n[[methods]]\nname = "lora"\n'
+            '[[methods]]\nname = "spikelora"\nr = 2\n[settings]\nlearning_rate = 1e-2\n[grid]\nr = []\n'
+        )
+        with pytest.raises(StudyError, match=r"line 15: `r` must be a list"):
+            read_study(study)
 
     def test_that_is_not_there(self, tmp_path, capsys):
         assert main(["run", str(tmp_path / "none.toml")]) == 2
@@ -143,6 +159,12 @@ class TestBadResults:
             (lambda line: json.dumps(line)[:40], "line 1: is no JSON"),
             (lambda line: json.dumps(line) + "\n" + json.dumps(line), "line 2: a result is one line"),
             (lambda line: json.dumps(line | {"config": line["config"] | {"seed": 9}}), "line 1: key, configuration"),
+            (lambda line: json.dumps(line | {"result": {}}), "line 1: a part of the result is missing"),
+            (lambda line: json.dumps(line | {"where": {}}), "line 1: a part of the result is missing"),
+            (lambda line: json.dumps(line | {"status": "running", "error": "x"}), "line 1: a part of the result"),
+            (lambda line: json.dumps(line).replace('"loss": 4.0', '"loss": "a"', 1), "line 1: a part of the result"),
+            (lambda line: "\udcff", "line 1: is no JSON"),
+            (lambda line: "", "line 1: is no JSON"),
         ],
     )
     @pytest.mark.parametrize("command", ["run", "list", "table", "plot"])
@@ -151,7 +173,7 @@ class TestBadResults:
         store.folder.mkdir()
         store.put(RUN, canned(RUN))
         path = store.folder / f"{RUN.key}.jsonl"
-        path.write_text(edit(json.loads(path.read_text())) + "\n")
+        path.write_text(edit(json.loads(path.read_text())) + "\n", errors="surrogateescape")
         assert main([command, str(study), "--results", str(store.folder)]) == 2
         assert f"{path}, {message}" in capsys.readouterr().err
         assert list(results_in_names(store.folder)) == [path.name]
@@ -210,6 +232,26 @@ class TestBadData:
         assert tasks.TASKS["glue/rte"].load().held_out == [("a", "c", 1), ("b", "d", 0)]
         assert asked == [("glue", "rte")]
         with pytest.raises(tasks.TaskError, match=r"glue/rte, validation: has the columns .*, and lacks sentence2"):
+            tasks.TASKS["glue/rte"].load()
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"label": [-1, 0]}, r"glue/rte, train, row 1: needs text and a label, has \('a', 'c', -1\)"),
+            ({"label": [1, 2]}, r"glue/rte, train, row 2"),
+            ({"label": ["y", "n"]}, r"glue/rte, train, row 1"),
+            ({"sentence2": ["c", None]}, r"glue/rte, train, row 2"),
+            ({"sentence1": [], "sentence2": [], "label": []}, "glue/rte, train has 0 rows"),
+        ],
+    )
+    def test_rows_of_glue_that_do_not_fit_are_named(self, changed, message, monkeypatch):
+        rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [1, 0]}
+        splits = {"train": datasets.Dataset.from_dict(rows | changed), "validation": datasets.Dataset.from_dict(rows)}
+        monkeypatch.setattr(datasets, "load_dataset", lambda *names: splits)
+        with pytest.raises(tasks.TaskError, match=message):
+            tasks.TASKS["glue/rte"].load()
+        del splits["train"]
+        with pytest.raises(tasks.TaskError, match="has no split train, but validation"):
             tasks.TASKS["glue/rte"].load()
 
 
@@ -487,6 +529,26 @@ class TestRunning:
         assert all(norm > 0 for norm in result["gradient_norms"]["B"]["by_epoch"])
         assert line["where"]["training_seconds"] > 0
 
+    def test_an_interruption_from_the_keyboard_waits_for_no_run(self, study):
+        study.write_text(STUDY.replace("train_rows = 8", "train_rows = 200").replace("[0, 1]", "[0, 1, 2, 3]"))
+        results = study.parent / "results"
+        command = [sys.executable, "-m", "experiments", "run", str(study), "--results", str(results), "--workers", "2"]
+        stopped = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # all of its processes get the signal, as from a terminal
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        )
+        while stopped.poll() is None and not list(results.glob("*.jsonl")):
+            time.sleep(0.02)
+        before = len(list(results.glob("*.jsonl")))
+        os.killpg(stopped.pid, signal.SIGINT)
+        assert "interrupted; what was finished is kept" in stopped.communicate(timeout=60)[1]
+        assert stopped.returncode == 130
+        assert 1 <= before <= len(list(results.glob("*.jsonl"))) <= before + 2  # those that were at their end
+
     def test_an_interrupted_study_goes_on_in_two_processes(self, study):
         results = study.parent / "results"
         command = [sys.executable, "-m", "experiments", "run", str(study), "--results", str(results)]
@@ -639,14 +701,36 @@ class TestTables:
         assert "| spikelora v_threshold=0.1 | 3 of 4, 1 failed |" in incomplete
         assert "\n- spikelora v_threshold=0.1: Diverged: no\n" in incomplete
         store.put(pending, canned(pending))
+        assert "**" not in tables.markdown(read_study(study), store)  # what is left of the seeds is a selection
+        store.put(failing, canned(failing))
         assert "**" in tables.markdown(read_study(study), store)
 
-    def test_runs_on_other_rows_or_devices_are_no_pair(self, study):
+    def test_a_study_of_which_all_runs_failed_says_why(self, study):
+        store = Store(study.parent / "results")
+        store.folder.mkdir()
+        for run in read_study(study).runs:
+            store.put(run, {"status": "failed", "error": "Diverged: a\nsecond line", "versions": {}, "where": {}})
+        text = tables.markdown(read_study(study), store)
+        assert text.startswith("*Not run: 0 runs are pending, 6 failed.*\n\n- lora: Diverged: a second line (2 times)")
+
+    def test_a_sweep_draws_a_method_at_its_default_beside_its_values(self, study):
+        study.write_text(STUDY.replace("v_threshold = [0.1, 2.0]", "target_sparsity = [0.5, 0.7, 0.9]"))
+        study.write_text(study.read_text() + '[[methods]]\nname = "spikelora"\n')
+        store = Store(study.parent / "results")
+        store.folder.mkdir()
+        for run in read_study(study).runs:
+            store.put(run, canned(run))
+        sweep = page.plots.figures(read_study(study), store)["tiny-sweep.png"]
+        assert len(sweep.axes[0].containers) == 1
+        assert len([line for line in sweep.axes[0].lines if line.get_linestyle() == "--"]) == 2
+
+    @pytest.mark.parametrize(("part", "changed"), [("where", {"device": "another CPU"}), ("versions", {"torch": "3"})])
+    def test_runs_on_other_rows_devices_or_versions_are_no_pair(self, part, changed, study):
         table = self.table(study, [0, 1, 2], {"lora": [4.0, 3.0, 2.0], "spikelora": [3.49, 2.5, 1.51]})
         store = Store(study.parent / "results")
         for run in read_study(study).runs[-3:]:
             line = canned(run)
-            line["where"]["device"] = "another CPU"
+            line[part] |= changed
             store.put(run, line)
         assert "difference to LoRA" in table
         assert "difference to LoRA" not in tables.markdown(read_study(study), store)

@@ -125,14 +125,14 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
                 "runs: load the model where all of it has a device, without offloading to CPU or disk."
             )
     with ExitStack() as stack, token_masks(model) as masks:
-        layers = {gated.layer for gated in found}
+        layers = {gated.layer: gated.module for gated in found}
         # All from the start: a compiler would compile anew as the dict grows.
         seen = _Seen(layers)
         one_at_a_time = threading.Lock()
 
         def note_mask(layer: Any, args: tuple) -> None:
             tokens = layer.tokens(args[0]) if args else None
-            mask = None if tokens is None else masks.of(tokens, layer.target_name.endswith(_ON_ENCODER_TOKENS))
+            mask = None if tokens is None else masks.of(tokens, layers[layer].endswith(_ON_ENCODER_TOKENS))
             seen.by_layer[layer] = (mask, _adapter_names(layer))
 
         @torch.compiler.disable
