@@ -383,6 +383,10 @@ def load_base(options: Options):
         device_map=device_map,
         quantization_config=quantization,
     )
+    for module in base.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights that are evaluated, and cannot train them any more.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if quantization else base
 
 
