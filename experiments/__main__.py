@@ -1,7 +1,6 @@
 """Command line of the study: run it, list what is pending, and make tables, pictures and the page of the results."""
 
 import argparse
-import os
 import shlex
 import sys
 import warnings
@@ -127,8 +126,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     try:
-        status = main()
+        sys.exit(main())
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is kept, and the same command goes on", file=sys.stderr, flush=True)
-        os._exit(130)  # workers end with this process, and would be waited for otherwise
-    sys.exit(status)
+        print("\ninterrupted; runs that were finished are kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -34,8 +34,8 @@ def source(name: str) -> str:
     return name
 
 
-def check(name: str, task: Task, max_length: int) -> None:
-    """Whether a model is there and can be trained on rows of a task, without loading its weights.
+def check(name: str, task: Task) -> None:
+    """Whether a model is there and can be trained on a task, without loading its weights.
 
     Raises:
         ModelError: where it is not.
@@ -50,9 +50,6 @@ def check(name: str, task: Task, max_length: int) -> None:
     if type(config) not in mapping or (task.is_language and name == "minilm"):
         kind = "causal language modelling" if task.is_language else "sequence classification"
         raise ModelError(f"the model `{name}` is a {config.model_type}, which is not for {kind}")
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    if max_length > positions:
-        raise ModelError(f"the model `{name}` has {positions} positions, fewer than the `max_length` {max_length}")
 
 
 def load(name: str, task: Task) -> tuple[nn.Module, Any]:

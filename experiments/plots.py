@@ -64,9 +64,10 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
             if points:
                 xs, ss = zip(*points, strict=True)
                 sd = [0 if math.isnan(s.sd) else s.sd for s in ss]
-                panel.errorbar(xs, [s.mean for s in ss], sd, marker="o", markersize=4, capsize=2, label=series)
+                drawn = panel.errorbar(xs, [s.mean for s in ss], sd, marker="o", markersize=4, capsize=2, label=series)
             for _, level in (pair for pair in at if pair[0] is None):
-                panel.axhline(level.mean, linestyle="--", color="0.4", label=series)
+                colour, label = (drawn[0].get_color(), f"{series} by default") if points else ("0.4", series)
+                panel.axhline(level.mean, linestyle="--", color=colour, label=label)
         panel.set(xlabel=swept, title="held-out loss" if name == "loss" else name)
         panel.grid(alpha=0.3)
         if swept in ("learning_rate", "r", "train_rows"):

@@ -41,9 +41,8 @@ def prepare(study: Study, runs: list[Run], store: Store) -> None:
         except TaskError as error:
             raise StudyError(f"{study.where('task')}: the task `{task}` cannot be used: {error}") from error
     for model, task in dict.fromkeys((run.model, run.task) for run in runs):
-        longest = max(run.max_length for run in runs if run.model == model)
         try:
-            models.check(model, TASKS[task], longest)
+            models.check(model, TASKS[task])
         except models.ModelError as error:
             raise StudyError(f"{study.where('model')}: {error}") from error
 
@@ -70,7 +69,7 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         for future in as_completed([pool.submit(run_one, run, store, retry) for run in runs]):
             yield future.result()
@@ -79,16 +78,21 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
             "A worker was killed, as systems do that run out of memory. What was finished is kept: run the study "
             "again, perhaps with fewer --workers."
         ) from error
+    except BaseException:  # such as an interruption, which does not wait for what is being trained
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for what is being trained
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Else a worker whose parent was killed would wait for ever, and hold its claim.
+def _begin_worker() -> None:
+    """Have a worker end when its parent does: else it would wait for ever, and hold its claim.
 
-    An interruption from the keyboard reaches workers as well, which would go on with the next run; their parent ends.
+    An interruption from the keyboard reaches workers as well, which would go on with the next run: the parent ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is one of all processes, which a killed one would leave behind
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

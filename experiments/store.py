@@ -16,12 +16,17 @@ from typing import Any
 from .study import Run, StudyError, key_of
 
 SCHEMA = 1
-_KEYS = {"schema", "key", "status", "config", "versions", "where"}
-# What tables and pictures read of a run that is done.
-_PARTS = {
-    "result": {"metrics": dict, "history": list, "gradient_norms": dict, "generalisation_gap": float, "r": int},
-    "where": {"device": str, "date": str, "total_seconds": float, "training_cpu_seconds": float},
+# What tables and pictures read of a run that is done, by the types that it has to be of.
+_NORMS = {"by_epoch": list, "by_module": dict}
+_RESULT = {
+    "metrics": dict,
+    "history": list,
+    "gradient_norms": {"A": _NORMS, "B": _NORMS},
+    "generalisation_gap": float,
+    "r": int,
 }
+_WHERE = {"device": str, "date": str, "total_seconds": float, "training_cpu_seconds": float}
+_MODULE = {"layer": str, "kind": str, "sparsity": float}
 
 
 class Store:
@@ -105,12 +110,23 @@ class Store:
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    if not line.keys() >= _KEYS or line["status"] != "done":
-        return line.get("status") == "failed" and isinstance(line.get("error"), str)
-    parts = [(line.get(part), name, kind) for part, names in _PARTS.items() for name, kind in names.items()]
-    if not all(isinstance(part, dict) and isinstance(part.get(name), kind) for part, name, kind in parts):
+    if not _has(line, {"key": str, "config": dict, "versions": dict, "where": dict, "status": str}):
         return False
-    return all(isinstance(value, int | float) for value in line["result"]["metrics"].values())
+    if line["status"] != "done":
+        return line["status"] == "failed" and _has(line, {"error": str})
+    if not _has(line, {"result": _RESULT, "where": _WHERE}):
+        return False
+    sparsity = line["result"].get("sparsity", {"by_module": {}})
+    if not _has(sparsity, {"by_module": dict}) or not all(_has(m, _MODULE) for m in sparsity["by_module"].values()):
+        return False
+    return all(isinstance(number, float) for number in line["result"]["metrics"].values())
+
+
+def _has(value: Any, shape: Any) -> bool:
+    """Whether a value is of a type, or a dict whose values are of the types of a dict."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_has(value.get(name), kind) for name, kind in shape.items())
+    return isinstance(value, shape)
 
 
 def _rounded(value: Any) -> Any:

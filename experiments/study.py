@@ -6,7 +6,7 @@ Everything that can be wrong with a study is found here, before anything runs, a
 import hashlib
 import itertools
 import json
-import math
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -299,7 +299,7 @@ class _Reader:
         is_right, words = _LIMITS.get(name, (lambda v: True, ""))
         if not isinstance(value, kinds[wanted]) or isinstance(value, bool) != (wanted == "bool"):
             words = f"of type {wanted}"
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif wanted == "float" and not abs(value) <= sys.float_info.max:
             words = "finite"
         elif is_right(value):
             return

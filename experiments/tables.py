@@ -14,8 +14,9 @@ from .tasks import TASKS
 _LONGEST = 200  # characters of an error or a warning
 Lines = dict[str, dict[str, Any]]
 NOTE = (
-    "Mean ± standard deviation over seeds [95 % confidence interval]; differences to LoRA are paired by seed; p is of "
-    "the paired t test, corrected by Holm's method for all differences of the table. "
+    "Mean ± standard deviation over seeds [95 % confidence interval]; differences to LoRA are paired by seed, of runs "
+    "on the same rows, kind of device, Python and torch; p is of the paired t test, corrected by Holm's method for all "
+    "differences of the table. "
     "Bold: p < 0.05 over at least 3 seeds, none of which failed, in a table that is complete, and nothing else."
 )
 
@@ -91,7 +92,7 @@ def _compared(
         for cell in study.cells
         for label in ("lora", cell.against)
     ]
-    differences = iter(map(_difference_text, pairs, corrected, whole))
+    differences = (_difference_text(*made) for made in zip(pairs, corrected, whole, strict=True))
     body = []
     for cell in study.cells:
         found = of_cell(cell, lines)
@@ -124,7 +125,7 @@ def _title(figure: str) -> str:
 
 
 def _difference(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
-    """Of a cell to another at the same point of the grid, over the seeds whose runs saw the same rows on one device."""
+    """Of a cell to another at the same point of the grid, over the seeds whose runs have the same circumstances."""
     other = beside(cell, study, label)
     if other is None:
         return None

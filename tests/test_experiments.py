@@ -113,7 +113,7 @@ class TestBadStudy:
             ("[0.1, 2.0]", '0.1\n[[methods]]\nname = "lora"', "line 21: `lora` is listed twice"),
             ("learning_rate = 1e-2", "learning_rate = inf", "line 8: `learning_rate` must be finite, got inf"),
             ("seeds = [0, 1]", "seeds = [4294967296]", "line 5: `seeds` must be at least 0 and below 2**32"),
-            ("max_length = 16", "max_length = 100000", "line 3: the model `embedded` has 256 positions, fewer than"),
+            ("max_length = 16", f"max_length = 16\nweight_decay = 1{'0' * 400}", "`weight_decay` must be finite"),
             ("epochs = 1", "'epochs' = 0", "line 9: `epochs` must be at least 1, got 0"),
             ('title = "Tiny"', 'title = "Tiny', "is no TOML: .*line 1"),
         ],
@@ -161,6 +161,9 @@ class TestBadResults:
             (lambda line: json.dumps(line | {"config": line["config"] | {"seed": 9}}), "line 1: key, configuration"),
             (lambda line: json.dumps(line | {"result": {}}), "line 1: a part of the result is missing"),
             (lambda line: json.dumps(line | {"where": {}}), "line 1: a part of the result is missing"),
+            (lambda line: json.dumps(line | {"versions": None}), "line 1: a part of the result is missing"),
+            (lambda line: json.dumps({"schema": SCHEMA, "status": "failed", "error": "x"}), "line 1: a part of the"),
+            (lambda line: json.dumps(line).replace('"by_epoch"', '"epochs"'), "line 1: a part of the result"),
             (lambda line: json.dumps(line | {"status": "running", "error": "x"}), "line 1: a part of the result"),
             (lambda line: json.dumps(line).replace('"loss": 4.0', '"loss": "a"', 1), "line 1: a part of the result"),
             (lambda line: "\udcff", "line 1: is no JSON"),
@@ -545,7 +548,9 @@ class TestRunning:
             time.sleep(0.02)
         before = len(list(results.glob("*.jsonl")))
         os.killpg(stopped.pid, signal.SIGINT)
-        assert "interrupted; what was finished is kept" in stopped.communicate(timeout=60)[1]
+        said = stopped.communicate(timeout=60)[1]
+        assert "interrupted; runs that were finished are kept" in said
+        assert not {"Traceback", "leaked"} & set(said.split())
         assert stopped.returncode == 130
         assert 1 <= before <= len(list(results.glob("*.jsonl"))) <= before + 2  # those that were at their end
 
@@ -723,6 +728,8 @@ class TestTables:
         sweep = page.plots.figures(read_study(study), store)["tiny-sweep.png"]
         assert len(sweep.axes[0].containers) == 1
         assert len([line for line in sweep.axes[0].lines if line.get_linestyle() == "--"]) == 2
+        labels = [text.get_text() for text in sweep.axes[0].get_legend().get_texts()]
+        assert labels == ["lora", "spikelora by default", "spikelora"]
 
     @pytest.mark.parametrize(("part", "changed"), [("where", {"device": "another CPU"}), ("versions", {"torch": "3"})])
     def test_runs_on_other_rows_devices_or_versions_are_no_pair(self, part, changed, study):

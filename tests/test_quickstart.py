@@ -101,6 +101,8 @@ def test_the_readme_s_code_runs(tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.equal(loaded["model"](tokens).logits, names["model"].eval()(tokens).logits)
     exec(measure, names)
+    exec("trainer.train()", names)  # with what was added to it
+    exec("calibrate_thresholds(model, batches, target_sparsity=0.9)", names)
     with names["SparsityMeter"](names["model"]) as meter:
         names["model"](**names["batches"][0])
     assert meter.report().sparsity == pytest.approx(0.9, abs=0.05)

@@ -183,11 +183,18 @@ def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(run_folder):
     assert run.curves("loss")["loss"] == [(10, 4.5), (20, 3.5)]
 
 
-def test_a_checkpoint_has_an_adapter_of_another_name_in_a_folder(run_folder):
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (run_folder / name).unlink()
-        (run_folder / "checkpoint-20" / "mine").mkdir(exist_ok=True)
-        (run_folder / "checkpoint-20" / name).rename(run_folder / "checkpoint-20" / "mine" / name)
+def test_an_adapter_of_another_name_is_in_a_folder_of_its_own(run_folder):
+    for folder in (run_folder, run_folder / "checkpoint-20"):
+        (folder / "mine").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).rename(folder / "mine" / name)
+    assert read_run(run_folder / "checkpoint-20").adapter.folder == run_folder / "checkpoint-20" / "mine"
+    assert read_run(run_folder).adapter.folder == run_folder / "mine"
+    shutil.copytree(run_folder / "mine", run_folder / "other")
+    with pytest.raises(SpikeLoraError, match=r"holds several adapters: give the folder of one, such as .*mine\."):
+        read_run(run_folder)
+    shutil.rmtree(run_folder / "mine")
+    shutil.rmtree(run_folder / "other")
     assert read_run(run_folder).adapter.folder == run_folder / "checkpoint-20" / "mine"
 
 

@@ -197,6 +197,15 @@ def test_one_of_several_adapters():
     assert "transformer.h.0.mlp.c_fc" in one.modules
 
 
+def test_an_adapter_by_its_name_is_that_one_alone():
+    model = spiking(tiny_gpt2())
+    model.add_adapter("default-2", SpikeLoraConfig(target_modules=["c_attn"]))
+    model.base_model.set_adapter(["default", "default-2"])
+    with SparsityMeter(model.eval(), adapters="default-2") as meter:
+        model(input_ids=TOKENS)
+    assert {module.adapter for module in meter.report().modules.values()} == {"default-2"}
+
+
 def test_an_adapter_that_was_deleted_keeps_what_was_counted():
     model = spiking(tiny_gpt2())
     for name in ("counted", "never"):

@@ -45,8 +45,9 @@ def calibrate_thresholds(
         The new thresholds by module, or by `<module>.<adapter>` where several adapters ran.
 
     Raises:
-        SpikeLoraError: for a target outside (0, 1), a model without spiking adapters, no batches, no tokens, or
-            activations for which no finite threshold comes within 0.03 of the target; all are as they were then.
+        SpikeLoraError: for a target outside (0, 1), a model without spiking adapters, no batches, no tokens, or a
+            module whose activations are the same for all tokens, or for which no finite threshold comes within 0.03 of
+            the target; all are as they were then.
     """
     check_target("target_sparsity", target_sparsity)
     sketches: dict[Gated, QuantileSketch] = defaultdict(QuantileSketch)
@@ -65,8 +66,8 @@ def calibrate_thresholds(
         raise SpikeLoraError(
             f"No threshold gives a sparsity near {target_sparsity:g} in "
             f"{', '.join(f'`{name}` (nearest: {share})' for name, share in nearest.items())}: its activations are "
-            "too few, constant, repeat too often, or are not finite. Calibrate on more varied data, or with another "
-            "target."
+            "too few, constant, repeat too often, or are not finite. Calibrate on more varied data, with another "
+            "target, or leave the module out when the adapter is made."
         )
     warn_of_unreached(model, found, "their thresholds stay as they are")
     with torch.no_grad():

@@ -118,11 +118,12 @@ def calibrate(
         report = settle_thresholds(model, batches, target_sparsity)
         model.save_pretrained(partial)
     console = _console()
-    thresholds = {name: module.v_threshold for name, module in report.modules.items()}
+    reached = {name: module for name, module in report.modules.items() if module.tokens}
+    thresholds = {name: module.v_threshold for name, module in reached.items()}
     console.print(numbers_table(f"Thresholds for a sparsity of {target_sparsity:g}", thresholds, "v_threshold"))
-    reached = [module.sparsity for module in report.modules.values() if module.tokens]
+    shares = [module.sparsity for module in reached.values()]
     console.print(
-        f"Sparsity on this text: {report.sparsity:.4f}, by module {min(reached):.4f} to {max(reached):.4f}",
+        f"Sparsity on this text: {report.sparsity:.4f}, by module {min(shares):.4f} to {max(shares):.4f}",
         soft_wrap=True,
     )
     console.print(f"The calibrated adapter is in {output}", soft_wrap=True)

@@ -154,9 +154,8 @@ def read_run(folder: Path) -> Run:
         SpikeLoraError: where there is no sound adapter, or a file beside it cannot be read.
     """
     checkpoint = _last_checkpoint(folder)
-    is_ended = (folder / CONFIG_NAME).exists()
     metrics = _read_json(folder / METRICS_FILE)
-    adapter = read_adapter(folder if is_ended or checkpoint is None else _adapter_in(checkpoint))
+    adapter = read_adapter(_adapter_in(folder) or (checkpoint and _adapter_in(checkpoint)) or checkpoint or folder)
     state_file = next(
         (path / STATE_FILE for path in (folder, checkpoint) if path and (path / STATE_FILE).exists()), None
     )
@@ -200,10 +199,15 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _adapter_in(checkpoint: Path) -> Path:
-    """Where a checkpoint has its adapter: PEFT saves one that is not called `default` in a folder of its name."""
-    named = sorted(path.parent for path in checkpoint.glob(f"*/{CONFIG_NAME}"))
-    return named[0] if named and not (checkpoint / CONFIG_NAME).exists() else checkpoint
+def _adapter_in(folder: Path) -> Path | None:
+    """Where a folder has its adapter: PEFT saves one that is not called `default` in a folder of its name."""
+    if (folder / CONFIG_NAME).exists():
+        return folder
+    named = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    named = [path for path in named if not path.name.startswith("checkpoint-")]
+    if len(named) > 1:
+        raise SpikeLoraError(f"{folder} holds several adapters: give the folder of one, such as {named[0]}.")
+    return named[0] if named else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

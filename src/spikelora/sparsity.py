@@ -109,7 +109,9 @@ class SparsityMeter:
             has offloaded.
     """
 
-    def __init__(self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | str | None = None
+    ) -> None:
         self._model = model
         self._training = training
         adapters = [adapters] if isinstance(adapters, str) else adapters
