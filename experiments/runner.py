@@ -89,7 +89,7 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
 def _begin_worker() -> None:
     """Have a worker end when its parent does: else it would wait for ever, and hold its claim.
 
-    An interruption from the keyboard reaches workers as well, which would go on with the next run: the parent ends them.
+    An interruption from the keyboard reaches workers as well, which would go on: their parent ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is one of all processes, which a killed one would leave behind
