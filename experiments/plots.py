@@ -57,16 +57,17 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
     )
     panels = made.subplots(1, len(names))
     for name, panel in zip(names, panels, strict=True):
-        for series, cells in _series(study, swept).items():
+        for n, (series, cells) in enumerate(_series(study, swept).items()):  # of one colour in all panels
             at = [(_value(cell, swept), _stats(cell, lines, name)) for cell in cells]
             at = [(x, s) for x, s in at if s is not None and not math.isnan(s.mean)]
             points = sorted(((x, s) for x, s in at if x is not None), key=lambda pair: pair[0])
             if points:
                 xs, ss = zip(*points, strict=True)
                 sd = [0 if math.isnan(s.sd) else s.sd for s in ss]
-                drawn = panel.errorbar(xs, [s.mean for s in ss], sd, marker="o", markersize=4, capsize=2, label=series)
+                style = {"marker": "o", "markersize": 4, "capsize": 2, "color": f"C{n}"}
+                panel.errorbar(xs, [s.mean for s in ss], sd, label=series, **style)
             for _, level in (pair for pair in at if pair[0] is None):
-                colour, label = (drawn[0].get_color(), f"{series} by default") if points else ("0.4", series)
+                colour, label = (f"C{n}", f"{series} by default") if points else ("0.4", series)
                 panel.axhline(level.mean, linestyle="--", color=colour, label=label)
         panel.set(xlabel=swept, title="held-out loss" if name == "loss" else name)
         panel.grid(alpha=0.3)
