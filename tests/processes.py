@@ -66,16 +66,16 @@ def _fork(function: Callable[[Path], Any], folder: Path, size: int, may_crash: b
             os._exit(1)
         os._exit(0)
     ended = [os.waitpid(child, 0)[1] for child in children]
-    if may_crash and any(_crashed_by_itself(folder / f"{size}-{rank}.crash") for rank in range(size)):
+    crashes = [folder / f"{size}-{rank}.crash" for rank in range(size)]
+    if may_crash and any(crashed_by_itself(crash.read_text()) for crash in crashes if crash.exists()):
         shutil.rmtree(folder / str(size), ignore_errors=True)
         return _fork(function, folder, size, may_crash=False)
     return not any(ended)
 
 
-def _crashed_by_itself(crash: Path) -> bool:
-    """Whether a thread that runs no Python ended a process, as gloo's own did once, in a malloc of its."""
-    text = crash.read_text() if crash.exists() else ""
-    return "Segmentation fault" in text and "Current thread" not in text
+def crashed_by_itself(said: str) -> bool:
+    """Whether, by `faulthandler`, a thread without Python ended a process, as gloo's own does in a malloc of its."""
+    return "Segmentation fault" in said and "Current thread" not in said
 
 
 if __name__ == "__main__":

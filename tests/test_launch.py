@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from processes import crashed_by_itself
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
@@ -37,7 +39,7 @@ def text(tmp_path_factory):
     return f"--data_path={path}"
 
 
-def launch(text, folder, configuration, script=SCRIPT):
+def launch(text, folder, configuration, script=SCRIPT, may_crash=True):
     """Run the example in two processes; what it printed, and what it wrote into `metrics.json`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -53,7 +55,11 @@ def launch(text, folder, configuration, script=SCRIPT):
         f"--batch_size={ROWS // 2}",
         f"--output_dir={folder}",
     ]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    if run.returncode and may_crash and crashed_by_itself(run.stderr):
+        shutil.rmtree(folder, ignore_errors=True)
+        return launch(text, folder, configuration, script, may_crash=False)
     assert run.returncode == 0, run.stderr[-6000:]
     return run.stdout, json.loads((folder / "metrics.json").read_text())
 
