@@ -601,7 +601,8 @@ def test_processes_of_a_launch_train_one_run_together_and_record_it_once(study):
         alone = train(Run(**line["config"]))["result"]
         # A sum over two processes rounds otherwise, and a spike at its threshold may flip: 9e-5 on one of two kinds of
         # CPU, where one training row less moves the loss by 5e-3.
-        assert line["result"]["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], abs=1e-3)
+        bound = 1e-5 if line["config"]["method"] == "lora" else 1e-3
+        assert line["result"]["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], abs=bound)
         assert line["result"]["history"][0]["train_loss"] == pytest.approx(alone["history"][0]["train_loss"], abs=1e-5)
 
 
