@@ -160,7 +160,7 @@ member._name_ = member._value_ = "SPIKELORA"
 PeftType.SPIKELORA = member
 PeftType._member_names_.append("SPIKELORA")
 PeftType._member_map_["SPIKELORA"] = PeftType._value2member_map_["SPIKELORA"] = member
-if sys.version_info >= (3, 12):
+if hasattr(PeftType, "_hashable_values_"):  # since a patch release of Python 3.12
     PeftType._hashable_values_.append("SPIKELORA")
 register_peft_method(name="spikelora", config_cls=ForeignConfig, model_cls=ForeignModel, prefix="foreign_")
 printer = PeftModel.print_trainable_parameters

@@ -286,7 +286,7 @@ def check_computes_what_is_needed(backend, needs):
             assert gradient is None
 
 
-@pytest.fixture(params=[80, 90])
+@pytest.fixture(params=[80, 90, 100])
 def launches(request, monkeypatch):
     """Launches of kernels as `(arguments, compiled kernel)`, compiled for that architecture and not run."""
     from triton.backends.compiler import GPUTarget

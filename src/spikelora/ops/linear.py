@@ -91,8 +91,8 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Not by `torch.amp.is_autocast_available`, which torch 2.11 cannot compile; meta tensors alone have no autocast.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 class _SpikeLinear(torch.autograd.Function):

@@ -61,17 +61,6 @@ def _block(index, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _precision(left, right):
-    """How `tl.dot` takes float32 tiles that were loaded from `left` and `right`, so that it loses next to nothing."""
-    if left.dtype.element_ty == tl.float32 or right.dtype.element_ty == tl.float32:
-        # Three products of TF32 parts: nearly float32, and on tensor cores.
-        return tl.constexpr("tf32x3")
-    else:
-        # TF32 holds any float16 or bfloat16 exactly.
-        return tl.constexpr("tf32")
-
-
-@triton.jit
 def _charge(a, tau):
     # Spikes are decided at equality, and `/` on a GPU is an approximation that may miss it by an ulp or two.
     return tl.math.div_rn(a, tau)
@@ -100,6 +89,7 @@ def _gate_backward(grad, a, v_threshold, tau, surrogate_alpha):
 def _contract_features(
     x, x_n, x_m, W, w_r, w_m, partials, n_tokens, n_features, rank, span,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`partials[s] (N, r) = x (N, M) @ W (r, M).T` over the features of span s."""
     # The rank blocks of one block of tokens are neighbours, so that they find x in the cache.
@@ -112,7 +102,7 @@ def _contract_features(
         features = _block(block, BLOCK_M)
         x_tile = _load(x, tokens, features, n_tokens, n_features, x_n, x_m)
         W_tile = _load(W, features, ranks, n_features, rank, w_m, w_r)
-        total = tl.dot(x_tile, W_tile, total, input_precision=_precision(x, W))
+        total = tl.dot(x_tile, W_tile, total, input_precision=PRECISION)
     partials += tl.cast(split, tl.int64) * n_tokens * rank
     _store(partials, total, tokens, ranks, n_tokens, rank, rank, 1)
 
@@ -121,6 +111,7 @@ def _contract_features(
 def _expand_add(
     y, y_n, y_m, a, a_n, a_r, W, w_r, w_m, v_threshold, tau, scaling, n_tokens, n_features, rank,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y (N, M) += scaling * a (N, r) @ W (r, M)`, with `a` gated where a neuron is given."""
     tokens = _block(tl.program_id(0), BLOCK_N)
@@ -132,7 +123,7 @@ def _expand_add(
         if tau is not None:
             a_tile = _gate(a_tile, tl.load(v_threshold), tl.load(tau))
         W_tile = _load(W, ranks, features, rank, n_features, w_r, w_m)
-        total = tl.dot(a_tile, W_tile, total, input_precision=_precision(a, W))
+        total = tl.dot(a_tile, W_tile, total, input_precision=PRECISION)
     y_tile = _load(y, tokens, features, n_tokens, n_features, y_n, y_m)
     _store(y, y_tile + scaling * total, tokens, features, n_tokens, n_features, y_n, y_m)
 
@@ -141,6 +132,7 @@ def _expand_add(
 def _contract_tokens(
     x, x_n, x_m, a, a_n, a_r, partials, v_threshold, tau, n_tokens, n_features, rank, span,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`partials[s] (M, r) = x (N, M).T @ a (N, r)` over the tokens of span s, `a` gated where a neuron is given."""
     rank_blocks = tl.cdiv(rank, BLOCK_R)
@@ -154,7 +146,7 @@ def _contract_tokens(
         if tau is not None:
             a_tile = _gate(a_tile, tl.load(v_threshold), tl.load(tau))
         x_tile = _load(x, features, tokens, n_features, n_tokens, x_m, x_n)
-        total = tl.dot(x_tile, a_tile, total, input_precision=_precision(x, a))
+        total = tl.dot(x_tile, a_tile, total, input_precision=PRECISION)
     partials += tl.cast(split, tl.int64) * n_features * rank
     _store(partials, total, features, ranks, n_features, rank, rank, 1)
 
@@ -199,6 +191,15 @@ def _spans(length: int, block: int, programs: int) -> tuple[int, int]:
     return max(1, triton.cdiv(length, span * block)), span
 
 
+def _precision(left: Tensor, right: Tensor) -> str:
+    """How `tl.dot` takes float32 tiles that were loaded from `left` and `right`, so that it loses next to nothing.
+
+    The host hands it over, as triton 3.6 takes no string back from a jitted function.
+    """
+    # Three products of TF32 parts are nearly float32, and on tensor cores; one TF32 holds any float16 or bfloat16.
+    return "tf32x3" if torch.float32 in (left.dtype, right.dtype) else "tf32"
+
+
 def _features_to_ranks(x: Tensor, W: Tensor) -> Tensor:
     """Partial sums `(splits, N, r)` in float32 of `x (N, M) @ W (r, M).T`."""
     (n_tokens, n_features), rank = x.shape, W.shape[0]
@@ -208,7 +209,7 @@ def _features_to_ranks(x: Tensor, W: Tensor) -> Tensor:
     partials = torch.empty((splits, n_tokens, rank), dtype=torch.float32, device=x.device)
     _contract_features[(programs, splits)](
         x, *x.stride(), W, *W.stride(), partials, n_tokens, n_features, rank, span,
-        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r,
+        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r, PRECISION=_precision(x, W),
     )  # fmt: skip
     return partials
 
@@ -221,7 +222,7 @@ def _expand_add_(
     block_n, block_r = _blocks(n_tokens, rank)
     _expand_add[(triton.cdiv(n_tokens, block_n), triton.cdiv(n_features, BLOCK))](
         y, *y.stride(), a, *a.stride(), W, *W.stride(), v_threshold, tau, scaling, n_tokens, n_features, rank,
-        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r,
+        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r, PRECISION=_precision(a, W),
         num_stages=1,  # most ranks are one block: there is nothing to load ahead
     )  # fmt: skip
 
@@ -237,7 +238,7 @@ def _tokens_to_weight(
     partials = torch.empty((splits, n_features, rank), dtype=torch.float32, device=x.device)
     _contract_tokens[(programs, splits)](
         x, *x.stride(), a, *a.stride(), partials, v_threshold, tau, n_tokens, n_features, rank, span,
-        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r,
+        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r, PRECISION=_precision(x, a),
     )  # fmt: skip
     _sum_partials(partials, scaling, out)
 
