@@ -212,7 +212,9 @@ def test_memory_layout_does_not_matter(path, view):
 def test_each_gradient_by_itself(path, needed, dropout):
     t = tensors((2, 5), 37, 20, 8)
     torch.manual_seed(3)
-    every = run(path, t, dropout=dropout)
+    # Numbers that are not learned are computed with in another way, whose last digits differ.
+    learned = not {"v_threshold", "tau"}.isdisjoint(needed)
+    every = run(path, t, LEAVES if learned else ("x", "bias", "A", "B"), dropout=dropout)
     torch.manual_seed(3)
     some = run(path, t, needed, dropout=dropout)
     for name in some:
@@ -309,8 +311,8 @@ class TestEvents:
         assert y.isnan().any(1).sum() == 1
 
     def test_small_products_are_not_searched(self):
-        y, a, _ = self.sparse(0.0, tokens=10)
-        assert torch_backend._firing_tokens(y, a, a > 0) is None
+        assert torch_backend._is_searched(self.sparse(0.0)[0])
+        assert not torch_backend._is_searched(self.sparse(0.0, tokens=10)[0])
 
 
 class Made(TorchDispatchMode):

@@ -27,7 +27,10 @@ class NeuronParameters(nn.Module):
 
     def neuron(self) -> tuple[Tensor, Tensor]:
         """`v_threshold` and `tau` as the forward takes them, in float32."""
-        v_threshold, tau = self.v_threshold, self.tau
+        # As attributes they would take two microseconds of every forward.
+        v_threshold, tau = self._parameters["v_threshold"], self._parameters["tau"]
+        assert v_threshold is not None
+        assert tau is not None
         if not v_threshold.dtype == tau.dtype == torch.float32:
             raise SpikeLoraError(
                 "`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out. Where FSDP2's mixed "

@@ -21,6 +21,7 @@ _PARTS = {
     "lora_dropout": (nn.Identity, nn.Dropout),
     "lora_gate": (SpikeGate,),
 }
+_DROPOUTS = _PARTS["lora_dropout"]
 _PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
@@ -74,29 +75,30 @@ def returns_private(base: Any) -> bool:
 
 
 def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
-    # This runs in every forward, and at one token the layer itself takes but 100 us: each attribute is read once.
-    if _has_any_global_hook():
-        return Choice(Path.PLAIN, "there are hooks on all modules")
+    # This runs in every forward, and at one token the layer itself takes but 100 us. So what is usual is asked for in
+    # one go, attributes are read past `nn.Module.__getattr__`, and a reason is looked for where there is one to give.
     modules = layer._modules
-    parts = [modules[name]._modules[adapter_name] for name in _PARTS]
-    for part, (name, types) in zip(parts, _PARTS.items(), strict=True):
-        if type(part) not in types:
-            return Choice(Path.PLAIN, f"`{name}` is a {type(part).__name__}")
-        if _is_hooked(part):
-            return Choice(Path.PLAIN, f"`{name}` has hooks")
-    lora_A, lora_B, dropout, gate = parts
+    lora_A, lora_B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
+    dropout, gate = modules["lora_dropout"]._modules[adapter_name], modules["lora_gate"]._modules[adapter_name]
+    if (
+        _has_any_global_hook()
+        or not (type(lora_A) is type(lora_B) is nn.Linear and type(gate) is SpikeGate and type(dropout) in _DROPOUTS)
+        or _is_hooked(lora_A)
+        or _is_hooked(lora_B)
+        or _is_hooked(dropout)
+        or _is_hooked(gate)
+    ):
+        return Choice(Path.PLAIN, _why_not_as_made(layer, adapter_name))
     if gate.observers and torch.compiler.is_compiling():
         return Choice(Path.PLAIN, "it is observed, which a compiler has to leave its graph for")
-    v_threshold, tau = gate.neuron()
     adapter = Adapter(
-        A=lora_A.weight,
-        B=lora_B.weight,
-        v_threshold=v_threshold,
-        tau=tau,
-        surrogate_alpha=gate.surrogate_alpha,
-        scaling=layer.scaling[adapter_name],
-        dropout=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
-        observers=gate.observers,
+        lora_A._parameters.get("weight"),  # type: ignore[arg-type]
+        lora_B._parameters.get("weight"),  # type: ignore[arg-type]
+        *gate.neuron(),
+        gate.surrogate_alpha,
+        layer.scaling[adapter_name],
+        dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+        gate.observers,
     )
     reason = _why_plain(layer, lora_A, lora_B, adapter, x)
     if reason:
@@ -107,11 +109,24 @@ def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
     return Choice(Path.FUSED, "a single adapter on a plain linear layer with a frozen weight", adapter)
 
 
+def _why_not_as_made(layer: Any, adapter_name: str) -> str:
+    if _has_any_global_hook():
+        return "there are hooks on all modules"
+    for name, types in _PARTS.items():
+        part = layer._modules[name]._modules[adapter_name]
+        if type(part) not in types:
+            return f"`{name}` is a {type(part).__name__}"
+        if _is_hooked(part):
+            return f"`{name}` has hooks"
+    raise AssertionError("its parts are as they were made")
+
+
 def _why_plain(layer: Any, lora_A: nn.Linear, lora_B: nn.Linear, adapter: Adapter, x: Tensor) -> str:
     A, B, v_threshold, tau, *_ = adapter
-    if not _are_plain(x, A, B, v_threshold, tau):
+    # A weight that is no parameter, as pruning leaves it, is None here.
+    if A is None or B is None or not {type(x), type(A), type(B), type(v_threshold), type(tau)} <= _PLAIN_TYPES:
         return "the input or a tensor of the adapter is of a class of its own"
-    if lora_A._parameters.get("bias") is not None or lora_B._parameters.get("bias") is not None:
+    if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
         return "the adapter has a bias"
     if isinstance(adapter.scaling, Tensor):
         return "its scaling is a tensor, as `prepare_model_for_compiled_hotswap` makes it"
@@ -123,12 +138,12 @@ def _why_plain(layer: Any, lora_A: nn.Linear, lora_B: nn.Linear, adapter: Adapte
 
 
 def _why_branch(base: Any, x: Tensor) -> str:
-    if type(base) not in (nn.Linear, Conv1D):
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"the base layer is a {type(base).__name__}"
     if _is_hooked(base):
         return "the base layer has hooks"
-    weight = base.weight
-    if not _are_plain(weight, base.bias):
+    weight = base._parameters.get("weight")
+    if weight is None or not {type(weight), type(base._parameters["bias"])} <= _PLAIN_TYPES:
         return "a tensor of the base layer is of a class of its own"
     if weight.requires_grad:
         return "the base layer's weight is trained"
@@ -146,7 +161,3 @@ def _is_hooked(module: Any) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # as accelerate puts its hooks
     )
-
-
-def _are_plain(*tensors: Tensor | None) -> bool:
-    return _PLAIN_TYPES.issuperset(map(type, tensors))

@@ -6,10 +6,11 @@ block at a time: as exact as PEFT's float32 copy of the whole, without the copy.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from spikelora.ops.firing import Firing, firing
 
 # One block of rows has as many elements: 1 MB in float32, which stays in the caches. On two CPU cores blocks of 64 to
 # 256 rows of 1024 took the same time as a copy of the whole, blocks of 16 rows 2.5 times as long.
@@ -29,29 +30,43 @@ _MAX_COPIED_RANK = 8
 _MAX_SHARED_RANK = 32
 _MIN_TOKENS = 128  # of one product, or of one thread
 
+# The least and the greatest number that is finite.
+_FINITE = {
+    dtype: (torch.finfo(dtype).min, torch.finfo(dtype).max)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+_SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
 
-def down(x: Tensor, A: Tensor) -> Tensor:
-    """`a = x @ A.T`, `(N, r)` in the dtype of `A`."""
+
+def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
+    """`a = scale * x @ A.T`, `(N, r)` in the dtype of `A`."""
     if x.is_cpu and A.shape[0] <= _MAX_COPIED_RANK and x.shape[0] >= _MIN_TOKENS:
         A = A.contiguous()
-    if x.dtype == A.dtype:
-        return torch.mm(x, A.t())
+    blocks = _blocks(x)
+    if x.dtype == A.dtype or len(blocks) == 1:
+        return _product(x.to(A.dtype), A.t(), scale)
     a = A.new_empty(x.shape[0], A.shape[0])
-    for rows in _blocks(x):
-        torch.mm(x[rows].to(A.dtype), A.t(), out=a[rows])
+    for rows in blocks:
+        torch.addmm(a[rows], x[rows].to(A.dtype), A.t(), beta=0, alpha=scale, out=a[rows])
     return a
 
 
 def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, scaling: float) -> None:
     """`y += scaling * gated @ B.T` in place, `gated = a * (a / tau >= v_threshold)`."""
-    spikes = _charge(a, tau) >= v_threshold
-    gated, firing = _select(a, spikes), _firing_tokens(y, a, spikes)
-    if firing is None:
+    number = firing(a, v_threshold, tau)
+    if number is not None:
+        gated = torch.threshold(a, number.silent, 0.0)  # a NaN is above nothing, and stays visible
+        spikes = a > number.silent if _is_searched(y) else None
+    else:
+        spikes = _charge(a, tau) >= v_threshold
+        gated = _select(a, spikes)
+    tokens = _firing_tokens(y, a, spikes) if spikes is not None and _is_searched(y) else None
+    if tokens is None:
         _add_product_(y, gated, B, scaling)
-    elif firing.shape[0]:
-        rows = y.index_select(0, firing)
-        _add_product_(rows, gated.index_select(0, firing), B, scaling)
-        y.index_copy_(0, firing, rows)
+    elif tokens.shape[0]:
+        rows = y.index_select(0, tokens)
+        _add_product_(rows, gated.index_select(0, tokens), B, scaling)
+        y.index_copy_(0, tokens, rows)
 
 
 def up_backward(
@@ -75,15 +90,21 @@ def up_backward(
         grad_v_threshold = -sum(g * a * s'(u))
         grad_tau         = -sum(g * a * s'(u) * a / tau ** 2)
     """
+    g = down(grad_y, B.t(), scaling)
+    number = None if need_v_threshold or need_tau else firing(a, v_threshold, tau)
+    if number is not None:
+        gated = torch.threshold(a, number.silent, 0.0)
+        grad_B = _sum_over_tokens(gated, grad_y, scaling).t() if need_B else None
+        return _gate_backward(g, a, number, tau.item(), surrogate_alpha), grad_B, None, None
     v = _charge(a, tau)
-    u, spikes = v - v_threshold, v >= v_threshold
-    grad_B = _sum_over_tokens(_select(a, spikes), grad_y).mul_(scaling).t() if need_B else None
+    spikes = v >= v_threshold
+    grad_B = _sum_over_tokens(_select(a, spikes), grad_y, scaling).t() if need_B else None
     # a * s'(u), which goes to 0 as a goes to infinity: 0 for the largest finite a, whose u ** 2 overflows.
     c = math.pi / 2 * surrogate_alpha
-    finite_a = a.to(v.dtype).clamp(*_finite_range(v.dtype))
-    slope = finite_a / u.square_().mul_(c**2).add_(1)
+    finite_a = a.to(v.dtype).clamp(*_FINITE[v.dtype])
+    slope = finite_a / (v - v_threshold).square_().mul_(c**2).add_(1)
     slope.mul_(surrogate_alpha / 2)
-    g = down(grad_y, B.t()).to(v.dtype).mul_(scaling)
+    g = g.to(v.dtype)
     grad_a = slope.div(tau).add_(spikes).mul_(g).to(a.dtype)
     grad_v_threshold = grad_tau = None
     if need_v_threshold or need_tau:
@@ -91,6 +112,25 @@ def up_backward(
         grad_v_threshold = -grad_v.sum().view(1) if need_v_threshold else None
         grad_tau = -(grad_v * finite_a / tau**2).sum().view(1) if need_tau else None
     return grad_a, grad_B, grad_v_threshold, grad_tau
+
+
+def _gate_backward(g: Tensor, a: Tensor, number: Firing, tau: float, surrogate_alpha: float) -> Tensor:
+    """`grad_a` of `up_backward` in six operations, from the distance of `a` to what the neuron fires at.
+
+    `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
+    `w = alpha * tau / (2 * c ** 2)`.
+    """
+    c, dtype, charged = math.pi / 2 * surrogate_alpha, a.dtype, number.threshold.dtype
+    if dtype is not charged:
+        a, g = a.to(charged), g.to(charged)
+    # From here on the surrogate is nothing beside the spikes; the square of an infinite one would give NaN.
+    limit = _SQUARED[charged]
+    finite_a = a.clamp(-limit, limit)
+    distance = torch.ops.aten.mse_loss.default(finite_a, number.threshold, 0).add_((tau / c) ** 2)
+    # All tensors have one dtype: with spikes of bool the last line takes a CPU twice as long at one token.
+    grad_a = torch.ops.aten.threshold_backward.default(g, a, number.silent)
+    grad_a.addcdiv_(finite_a.mul_(g), distance, value=surrogate_alpha * tau / (2 * c**2))
+    return grad_a if dtype is charged else grad_a.to(dtype)
 
 
 def down_backward_A(grad_a: Tensor, x: Tensor) -> Tensor:
@@ -111,33 +151,40 @@ def _charge(a: Tensor, tau: Tensor) -> Tensor:
 def _select(a: Tensor, spikes: Tensor) -> Tensor:
     """`a` where it spikes and 0 elsewhere; a NaN of `a` stays visible."""
     # Multiplied, which takes a CPU half as long as torch.where; -inf is made finite first, as -inf * 0 would be NaN.
-    return a.clamp(min=_finite_range(a.dtype)[0]).mul_(spikes)
+    return a.clamp(min=_FINITE[a.dtype][0]).mul_(spikes)
 
 
-def _finite_range(dtype: torch.dtype) -> tuple[float, float]:
-    info = torch.finfo(dtype)
-    return info.min, info.max
-
-
-def _blocks(x: Tensor) -> Iterator[slice]:
+def _blocks(x: Tensor) -> list[slice]:
     """Slices of the rows of `x (N, features)`; a compiler fuses the cast, and gets the whole."""
     n_rows = x.shape[0]
-    size = n_rows if torch.compiler.is_compiling() else max(1, _BLOCK // max(1, x.shape[1]))
-    return (slice(start, start + size) for start in range(0, n_rows, max(1, size)))
+    size = n_rows if torch.compiler.is_compiling() else _BLOCK // max(1, x.shape[1])
+    if n_rows <= max(1, size):
+        return [slice(None)]
+    return [slice(start, start + size) for start in range(0, n_rows, max(1, size))]
+
+
+def _is_searched(y: Tensor) -> bool:
+    """Whether skipping silent tokens can pay."""
+    # On other devices the count would have to wait for the device; a compiler would break the graph there.
+    return y.numel() >= _MIN_ELEMENTS and y.is_cpu and not torch.compiler.is_compiling()
 
 
 def _firing_tokens(y: Tensor, a: Tensor, spikes: Tensor) -> Tensor | None:
     """Indices of the tokens with a spike where skipping the others pays, else None."""
-    # On other devices the count would have to wait for the device; a compiler would break the graph there.
-    if y.numel() < _MIN_ELEMENTS or not y.is_cpu or torch.compiler.is_compiling():
-        return None
     # Eight ranks at a time as one integer, whose sum over up to 2040 ranks carries nothing: half the time of any().
     r = spikes.shape[1]
     counts = spikes.view(torch.int64).sum(1) if r % 8 == 0 and r <= 2040 else spikes.any(1)
-    firing = counts.nonzero().squeeze(1)
-    if firing.shape[0] > _MAX_FIRING * y.shape[0] or a.sum().isnan():  # a NaN never spikes, but has to be seen
+    tokens = counts.nonzero().squeeze(1)
+    if tokens.shape[0] > _MAX_FIRING * y.shape[0] or a.sum().isnan():  # a NaN never spikes, but has to be seen
         return None
-    return firing
+    return tokens
+
+
+def _product(c: Tensor, W: Tensor, scale: float) -> Tensor:
+    """`scale * c @ W` as one operation."""
+    if scale == 1:
+        return torch.mm(c, W)
+    return torch.addmm(c.new_empty(()), c, W, beta=0, alpha=scale)
 
 
 def _add_product_(y: Tensor, c: Tensor, weight: Tensor, scale: float) -> None:
@@ -145,17 +192,26 @@ def _add_product_(y: Tensor, c: Tensor, weight: Tensor, scale: float) -> None:
     if y.dtype == c.dtype:
         y.addmm_(c, weight.t(), alpha=scale)
         return
-    for rows in _blocks(y):
+    blocks = _blocks(y)
+    if len(blocks) == 1:
+        y.add_(torch.mm(c, weight.t()), alpha=scale)
+        return
+    for rows in blocks:
         y[rows] = y[rows].to(c.dtype).addmm_(c[rows], weight.t(), alpha=scale)
 
 
-def _sum_over_tokens(c: Tensor, x: Tensor) -> Tensor:
-    """`c.T @ x`, `(r, features)` in the dtype of `c (N, r)`; 6 times faster on a CPU than `x.T @ c` where r is 8."""
-    if x.dtype == c.dtype:
-        return _shared_sum(c, x) if _is_shared(c) else torch.mm(c.t(), x)
+def _sum_over_tokens(c: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+    """`scale * c.T @ x`, `(r, features)` in the dtype of `c (N, r)`; for r = 8 a CPU takes 6 times as long for
+    `x.T @ c`.
+    """
+    if x.dtype == c.dtype and _is_shared(c):
+        return _shared_sum(c, x).mul_(scale)
+    blocks = _blocks(x)
+    if x.dtype == c.dtype or len(blocks) == 1:
+        return _product(c.t(), x.to(c.dtype), scale)
     total = c.new_zeros(c.shape[1], x.shape[1])
-    for rows in _blocks(x):
-        total.addmm_(c[rows].t(), x[rows].to(c.dtype))
+    for rows in blocks:
+        total.addmm_(c[rows].t(), x[rows].to(c.dtype), alpha=scale)
     return total
 
 

@@ -1,0 +1,92 @@
+"""One number in place of the neuron's comparison: the same activations fire, to the last bit."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from spikelora.neuron import spike_gate
+from spikelora.ops import torch_backend
+from spikelora.ops.firing import firing
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 3e38, -3e38, 1e-45, -1e-45, 1e-38, 65504.0, 70000.0, -70000.0]
+TAUS = [1.0000001192092896, 1.7, 2.0, 3.0, 1e30]
+
+
+def neighbours(centre, count=6):
+    """A tensor's numbers and as many below and above each."""
+    found = [centre]
+    for end in (-math.inf, math.inf):
+        numbers = centre
+        for _ in range(count):
+            numbers = torch.nextafter(numbers, torch.full_like(numbers, end))
+            found.append(numbers)
+    return torch.cat(found)
+
+
+def thresholds():
+    chosen = random.Random(0)
+    drawn = [chosen.gauss(0, scale) for scale in (1e-3, 1, 100) for _ in range(30)]
+    return [(threshold, tau) for threshold in SPECIAL + drawn for tau in (*TAUS, chosen.uniform(1.01, 5))]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_fires_where_the_oracle_fires(dtype):
+    for threshold, tau in thresholds():
+        v_threshold, tau_ = torch.tensor([threshold]), torch.tensor([tau])
+        number = firing(torch.zeros(1, 1, dtype=dtype), v_threshold, tau_)
+        centres = torch.tensor([threshold * tau, number.silent], dtype=F64).to(dtype)
+        others = torch.tensor([-math.inf, math.inf, math.nan, 0.0, -0.0, 1.0, -1.0], dtype=dtype)
+        a = torch.cat([neighbours(centres), others])
+        gated = torch.threshold(a, number.silent, 0.0)
+        expected = spike_gate(a, v_threshold, tau_, 2.0)
+        torch.testing.assert_close(gated, expected, rtol=0, atol=0, equal_nan=True, msg=f"{threshold}, {tau}")
+
+
+def test_there_is_none_where_reading_it_costs():
+    a, v_threshold, tau = torch.zeros(1, 1), torch.tensor([0.1]), torch.tensor([2.0])
+    assert firing(a, v_threshold, tau) is not None
+    assert firing(a.to("meta"), v_threshold, tau) is None
+    assert firing(a, v_threshold.clone().requires_grad_(), tau) is None
+    assert firing(a, v_threshold, tau.clone().requires_grad_()) is None
+    compiled = torch.compile(lambda a: a if firing(a, v_threshold, tau) is None else a + 1, backend="eager")
+    assert torch.equal(compiled(a), a)
+
+
+@pytest.mark.parametrize("change", ["copy_", "data", "numpy"])
+def test_a_change_of_the_threshold_is_seen_however_it_is_made(change):
+    a, v_threshold, tau = torch.tensor([[0.3, 1.5]]), torch.tensor([0.1]), torch.tensor([2.0])
+    assert firing(a, v_threshold, tau).silent < 0.3
+    if change == "copy_":
+        v_threshold.copy_(torch.tensor([0.5]))
+    elif change == "data":
+        v_threshold.data.fill_(0.5)
+    else:
+        v_threshold.numpy()[0] = 0.5
+    assert 0.3 < firing(a, v_threshold, tau).silent < 1.5
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("threshold", [0.1, -0.4, 0.0, 1e30, -1e30])
+def test_the_gradient_is_the_oracle_s(dtype, threshold):
+    v_threshold, tau = torch.tensor([threshold]), torch.tensor([1.7])
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20, 8, generator=generator).to(dtype)
+    a[0, :6] = torch.tensor([-math.inf, math.inf, 0.0, -0.0, 1e17, -1e17], dtype=dtype)
+    a[1, 0] = 2e30
+    grad_y, B = torch.randn(20, 5, generator=generator).to(dtype), torch.randn(5, 8, generator=generator).to(dtype)
+
+    grad_a, grad_B, *_ = torch_backend.up_backward(grad_y, a, B, v_threshold, tau, 1.5, 0.75, True, False, False)
+
+    leaf = a.double().requires_grad_()
+    gated = spike_gate(leaf, v_threshold, tau, 1.5)
+    (expected,) = torch.autograd.grad(gated, leaf, 0.75 * grad_y.double() @ B.double())
+    tolerance = {F32: 1e-5, F64: 1e-12, BF16: 2e-2}[dtype]
+    torch.testing.assert_close(grad_a.double(), expected, rtol=tolerance, atol=tolerance)
+    finite = gated.detach()[2:]  # the first rows make the sums infinite
+    grad_B = torch_backend.up_backward(grad_y[2:], a[2:], B, v_threshold, tau, 1.5, 0.75, True, False, False)[1]
+    torch.testing.assert_close(
+        grad_B.double(), 0.75 * grad_y[2:].double().T @ finite, rtol=5 * tolerance, atol=5 * tolerance
+    )
