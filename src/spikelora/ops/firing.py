@@ -13,12 +13,13 @@ _NEAR, _PARTS = 3, 64
 
 
 class Firing(NamedTuple):
-    """Two numbers on the axis of the low-rank activation: `silent` is the greatest `a` that stays silent, `threshold`
-    is `tau * v_threshold`, as a tensor `()` in the dtype in which the neuron is charged.
+    """`silent` is the greatest `a` that stays silent. `threshold` is `tau * v_threshold`, as a tensor `()` in the dtype
+    in which the neuron is charged.
     """
 
     silent: float
     threshold: Tensor
+    tau: float
 
 
 def firing(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Firing | None:
@@ -37,7 +38,7 @@ def firing(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Firing | None:
 def _firing(v_threshold: float, tau: float, dtype: torch.dtype) -> Firing:
     charged = torch.float32 if dtype in _HALF else dtype
     with torch.inference_mode(False), torch.no_grad():
-        return Firing(_greatest_silent(v_threshold, tau, dtype), torch.tensor(tau * v_threshold, dtype=charged))
+        return Firing(_greatest_silent(v_threshold, tau, dtype), torch.tensor(tau * v_threshold, dtype=charged), tau)
 
 
 def _greatest_silent(v_threshold: float, tau: float, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ from `x`, `a` and the dropout's mask.
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
@@ -53,15 +53,15 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     Returns:
         `y (..., out)`, in the dtype that the linear layer alone would give.
     """
-    x, adapter = _as_autocast(x, adapter)
-    # Flattened outside of the autograd function: an output that is a view of its own could not be changed in place.
-    tokens = x.reshape(-1, x.shape[-1])
+    if is_autocast(x):
+        x, adapter = _as_autocast(x, adapter)
     if torch.is_grad_enabled():
-        y: Tensor = _SpikeLinear.apply(tokens, weight, bias, *adapter)
-    else:
-        y = _linear(tokens, weight, bias)
-        _add_adapter_(y, tokens, adapter)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter[:4], adapter[4:])
+        return y
+    tokens = _tokens(x)
+    y = _linear(tokens, weight, bias)
+    _add_adapter_(y, tokens, adapter)
+    return y if tokens is x else y.view(*x.shape[:-1], y.shape[1])
 
 
 def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tensor:
@@ -76,16 +76,16 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
     Returns:
         `(..., out)` in the dtype of `y`.
     """
-    x, adapter = _as_autocast(x, adapter)
-    tokens = x.reshape(-1, x.shape[-1])
+    if is_autocast(x):
+        x, adapter = _as_autocast(x, adapter)
     in_place = in_place and y.is_contiguous()
     if torch.is_grad_enabled():
         # Autograd takes a detour for a view that a function changes; a compiler cannot trace such a function.
         in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
-        out: Tensor = _SpikeBranch.apply(y, in_place, tokens, *adapter)
-    else:
-        out = y if in_place else y.clone(memory_format=torch.contiguous_format)
-        _add_adapter_(out.view(-1, out.shape[-1]), tokens, adapter)
+        out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter[:4], adapter[4:])
+        return out
+    out = y if in_place else y.clone(memory_format=torch.contiguous_format)
+    _add_adapter_(_tokens(out), _tokens(x), adapter)
     return out
 
 
@@ -97,50 +97,64 @@ def is_autocast(x: Tensor) -> bool:
 
 class _SpikeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, *adapter):
-        y = _linear(x, weight, bias)
-        _save(ctx, x, *_add_adapter_(y, x, Adapter(*adapter)), adapter, weight)
-        return y
+    def forward(ctx, x, weight, bias, A, B, v_threshold, tau, numbers):
+        tokens = _tokens(x)
+        y = _linear(tokens, weight, bias)
+        a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers))
+        ctx.numbers = numbers
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau, weight)
+        # Not `view`: what a function returns must be no view, or the layers above could not change it in place.
+        return y if tokens is x else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        need_x, _, need_bias, *needs = ctx.needs_input_grad
+        need_x, _, need_bias, *needs, _ = ctx.needs_input_grad
         *saved, weight = ctx.saved_tensors
         with _without_autocast(grad_y):
-            grad_x = _linear_backward(grad_y, weight) if need_x else None
-            grads = _adapter_backward(ctx, grad_y, grad_x, saved, needs)
-            grad_bias = grad_y.sum(0) if need_bias else None
-        return grad_x, None, grad_bias, *grads
+            tokens = _tokens(grad_y)
+            grad_x = _linear_backward(tokens, weight) if need_x else None
+            grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
+            grad_bias = tokens.sum(0) if need_bias else None
+        if grad_x is not None and tokens is not grad_y:
+            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
+        return grad_x, None, grad_bias, *grads, None
 
 
 class _SpikeBranch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, in_place, x, *adapter):
+    def forward(ctx, y, in_place, x, A, B, v_threshold, tau, numbers):
         if in_place:
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)
-        _save(ctx, x, *_add_adapter_(y.view(-1, y.shape[-1]), x, Adapter(*adapter)), adapter)
+        a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers))
+        ctx.numbers, ctx.x_dtype = numbers, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        _, _, need_x, *needs = ctx.needs_input_grad
+        _, _, need_x, *needs, _ = ctx.needs_input_grad
         saved = ctx.saved_tensors
         with _without_autocast(grad_y):
-            tokens = grad_y.reshape(-1, grad_y.shape[-1])
-            in_features = saved[3].shape[1]
-            grad_x = grad_y.new_zeros(tokens.shape[0], in_features, dtype=ctx.x_dtype) if need_x else None
-            grads = _adapter_backward(ctx, tokens, grad_x, saved, needs)
-        return grad_y, None, grad_x, *grads
+            tokens, grad_x = _tokens(grad_y), None
+            if need_x:
+                grad_x = tokens.new_zeros(tokens.shape[0], saved[3].shape[1], dtype=ctx.x_dtype)
+            grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
+        if grad_x is not None and tokens is not grad_y:
+            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
+        return grad_y, None, grad_x, *grads, None
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """`x (..., features)` as `(N, features)`; itself where it is that, as every view costs a node of autograd's."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
-    """What autocast makes of the operands, where it is on: casts that autograd sees."""
-    if not is_autocast(x):
-        return x, adapter
+    """What autocast makes of the operands: casts that autograd sees."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype))
 
@@ -187,30 +201,26 @@ def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tenso
     return a, mask
 
 
-def _save(ctx, x: Tensor, a: Tensor, mask: Tensor | None, adapter: tuple, *more: Tensor) -> None:
-    A, B, v_threshold, tau, *ctx.numbers, _ = adapter
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau, *more)
-
-
-def _adapter_backward(ctx, grad_y: Tensor, grad_x: Tensor | None, saved: tuple, needs: list[bool]) -> tuple:
-    """Gradients of the fields of `Adapter`; adds the adapter's part into `grad_x (N, in)` where it is given."""
+def _adapter_backward(
+    grad_y: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor], numbers: tuple, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where it is given."""
     x, a, mask, A, B, v_threshold, tau = saved
-    surrogate_alpha, scaling, dropout = ctx.numbers
-    backend = _backend(grad_y, A)
-    grad_a, *grads = backend.up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:4])
+    surrogate_alpha, scaling, dropout, _ = numbers
+    backend, grad_A = _backend(grad_y, A), None
+    grad_a, *grads = backend.up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:])
     if mask is not None:
         grad_a = grad_a.mul_(_kept(dropout))
-    grad_A = None
     if needs[0]:
-        grad_A = backend.down_backward_A(grad_a, x if mask is None else x * mask)
+        tokens = _tokens(x)
+        grad_A = backend.down_backward_A(grad_a, tokens if mask is None else tokens * mask)
     if grad_x is not None and mask is None:
         backend.add_down_backward_x_(grad_x, grad_a, A)
     elif grad_x is not None:
         part = torch.zeros_like(grad_x)
         backend.add_down_backward_x_(part, grad_a, A)
         grad_x.addcmul_(part, mask)
-    return grad_A, *grads, None, None, None, None
+    return grad_A, *grads
 
 
 def _kept(dropout: float) -> float:

@@ -38,17 +38,9 @@ _FINITE = {
 _SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
 
 
-def down(x: Tensor, A: Tensor, scale: float = 1.0) -> Tensor:
-    """`a = scale * x @ A.T`, `(N, r)` in the dtype of `A`."""
-    if x.is_cpu and A.shape[0] <= _MAX_COPIED_RANK and x.shape[0] >= _MIN_TOKENS:
-        A = A.contiguous()
-    blocks = _blocks(x)
-    if x.dtype == A.dtype or len(blocks) == 1:
-        return _product(x.to(A.dtype), A.t(), scale)
-    a = A.new_empty(x.shape[0], A.shape[0])
-    for rows in blocks:
-        torch.addmm(a[rows], x[rows].to(A.dtype), A.t(), beta=0, alpha=scale, out=a[rows])
-    return a
+def down(x: Tensor, A: Tensor) -> Tensor:
+    """`a = x @ A.T`, `(N, r)` in the dtype of `A`."""
+    return _contract(x, A.t(), 1.0)
 
 
 def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, scaling: float) -> None:
@@ -62,10 +54,10 @@ def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, s
         gated = _select(a, spikes)
     tokens = _firing_tokens(y, a, spikes) if spikes is not None and _is_searched(y) else None
     if tokens is None:
-        _add_product_(y, gated, B, scaling)
+        _add_product_(y, gated, B.t(), scaling)
     elif tokens.shape[0]:
         rows = y.index_select(0, tokens)
-        _add_product_(rows, gated.index_select(0, tokens), B, scaling)
+        _add_product_(rows, gated.index_select(0, tokens), B.t(), scaling)
         y.index_copy_(0, tokens, rows)
 
 
@@ -90,15 +82,15 @@ def up_backward(
         grad_v_threshold = -sum(g * a * s'(u))
         grad_tau         = -sum(g * a * s'(u) * a / tau ** 2)
     """
-    g = down(grad_y, B.t(), scaling)
+    g = _contract(grad_y, B, scaling)
     number = None if need_v_threshold or need_tau else firing(a, v_threshold, tau)
     if number is not None:
         gated = torch.threshold(a, number.silent, 0.0)
-        grad_B = _sum_over_tokens(gated, grad_y, scaling).t() if need_B else None
-        return _gate_backward(g, a, number, tau.item(), surrogate_alpha), grad_B, None, None
+        grad_B = _sum_over_tokens(grad_y, gated, scaling) if need_B else None
+        return _gate_backward(g, a, number, surrogate_alpha), grad_B, None, None
     v = _charge(a, tau)
     spikes = v >= v_threshold
-    grad_B = _sum_over_tokens(_select(a, spikes), grad_y, scaling).t() if need_B else None
+    grad_B = _sum_over_tokens(grad_y, _select(a, spikes), scaling) if need_B else None
     # a * s'(u), which goes to 0 as a goes to infinity: 0 for the largest finite a, whose u ** 2 overflows.
     c = math.pi / 2 * surrogate_alpha
     finite_a = a.to(v.dtype).clamp(*_FINITE[v.dtype])
@@ -114,33 +106,34 @@ def up_backward(
     return grad_a, grad_B, grad_v_threshold, grad_tau
 
 
-def _gate_backward(g: Tensor, a: Tensor, number: Firing, tau: float, surrogate_alpha: float) -> Tensor:
+def _gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float) -> Tensor:
     """`grad_a` of `up_backward` in six operations, from the distance of `a` to what the neuron fires at.
 
     `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
     `w = alpha * tau / (2 * c ** 2)`.
     """
-    c, dtype, charged = math.pi / 2 * surrogate_alpha, a.dtype, number.threshold.dtype
+    c, dtype, (silent, threshold, tau) = math.pi / 2 * surrogate_alpha, a.dtype, number
+    charged = threshold.dtype
     if dtype is not charged:
         a, g = a.to(charged), g.to(charged)
     # From here on the surrogate is nothing beside the spikes; the square of an infinite one would give NaN.
     limit = _SQUARED[charged]
     finite_a = a.clamp(-limit, limit)
-    distance = torch.ops.aten.mse_loss.default(finite_a, number.threshold, 0).add_((tau / c) ** 2)
+    distance = torch.ops.aten.mse_loss.default(finite_a, threshold, 0).add_((tau / c) ** 2)
     # All tensors have one dtype: with spikes of bool the last line takes a CPU twice as long at one token.
-    grad_a = torch.ops.aten.threshold_backward.default(g, a, number.silent)
+    grad_a = torch.ops.aten.threshold_backward.default(g, a, silent)
     grad_a.addcdiv_(finite_a.mul_(g), distance, value=surrogate_alpha * tau / (2 * c**2))
     return grad_a if dtype is charged else grad_a.to(dtype)
 
 
 def down_backward_A(grad_a: Tensor, x: Tensor) -> Tensor:
     """`grad_A = grad_a.T @ x`, `(r, in)` in the dtype of `grad_a`."""
-    return _sum_over_tokens(grad_a, x)
+    return _sum_over_tokens(x, grad_a, 1.0, transposed=True)
 
 
 def add_down_backward_x_(grad_x: Tensor, grad_a: Tensor, A: Tensor) -> None:
     """`grad_x += grad_a @ A` in place."""
-    _add_product_(grad_x, grad_a, A.t(), 1.0)
+    _add_product_(grad_x, grad_a, A, 1.0)
 
 
 def _charge(a: Tensor, tau: Tensor) -> Tensor:
@@ -187,31 +180,53 @@ def _product(c: Tensor, W: Tensor, scale: float) -> Tensor:
     return torch.addmm(c.new_empty(()), c, W, beta=0, alpha=scale)
 
 
-def _add_product_(y: Tensor, c: Tensor, weight: Tensor, scale: float) -> None:
-    """`y (N, features) += scale * c (N, r) @ weight (features, r).T`."""
+def _contract(x: Tensor, W: Tensor, scale: float) -> Tensor:
+    """`scale * x (N, features) @ W (features, r)`, in the dtype of `W`."""
+    if x.shape[0] >= _MIN_TOKENS and W.shape[1] <= _MAX_COPIED_RANK and x.is_cpu:
+        W = W.t().contiguous().t()
+    if x.dtype == W.dtype:
+        return _product(x, W, scale)
+    blocks = _blocks(x)
+    if len(blocks) == 1:
+        return _product(x.to(W.dtype), W, scale)
+    a = W.new_empty(x.shape[0], W.shape[1])
+    for rows in blocks:
+        torch.addmm(a[rows], x[rows].to(W.dtype), W, beta=0, alpha=scale, out=a[rows])
+    return a
+
+
+def _add_product_(y: Tensor, c: Tensor, W: Tensor, scale: float) -> None:
+    """`y (N, features) += scale * c (N, r) @ W (r, features)`."""
     if y.dtype == c.dtype:
-        y.addmm_(c, weight.t(), alpha=scale)
+        y.addmm_(c, W, alpha=scale)
         return
     blocks = _blocks(y)
     if len(blocks) == 1:
-        y.add_(torch.mm(c, weight.t()), alpha=scale)
+        y.add_(torch.mm(c, W), alpha=scale)
         return
     for rows in blocks:
-        y[rows] = y[rows].to(c.dtype).addmm_(c[rows], weight.t(), alpha=scale)
+        y[rows] = y[rows].to(c.dtype).addmm_(c[rows], W, alpha=scale)
 
 
-def _sum_over_tokens(c: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
-    """`scale * c.T @ x`, `(r, features)` in the dtype of `c (N, r)`; for r = 8 a CPU takes 6 times as long for
-    `x.T @ c`.
-    """
-    if x.dtype == c.dtype and _is_shared(c):
-        return _shared_sum(c, x).mul_(scale)
-    blocks = _blocks(x)
-    if x.dtype == c.dtype or len(blocks) == 1:
-        return _product(c.t(), x.to(c.dtype), scale)
+def _sum_over_tokens(x: Tensor, c: Tensor, scale: float, transposed: bool = False) -> Tensor:
+    """`scale * x.T @ c`, `(features, r)` in the dtype of `c (N, r)`, or the same transposed."""
+    if c.shape[0] < _MIN_TOKENS or not c.is_cpu:
+        # As it is wanted: what is a view of something transposed, autograd copies where it gathers gradients.
+        x = x.to(c.dtype)
+        return _product(c.t(), x, scale) if transposed else _product(x.t(), c, scale)
+    total = _sum_over_many(x, c)
+    if scale != 1:
+        total.mul_(scale)
+    return total if transposed else total.t()
+
+
+def _sum_over_many(x: Tensor, c: Tensor) -> Tensor:
+    """`c.T @ x`, `(r, features)`; for r = 8 a CPU takes 6 times as long for `x.T @ c`."""
+    if x.dtype == c.dtype:
+        return _shared_sum(c, x) if _is_shared(c) else torch.mm(c.t(), x)
     total = c.new_zeros(c.shape[1], x.shape[1])
-    for rows in blocks:
-        total.addmm_(c[rows].t(), x[rows].to(c.dtype), alpha=scale)
+    for rows in _blocks(x):
+        total.addmm_(c[rows].t(), x[rows].to(c.dtype))
     return total
 
 
