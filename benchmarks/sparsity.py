@@ -70,13 +70,15 @@ def _check_up(layer: nn.Module, a: Tensor, threshold: Tensor, like: Tensor) -> f
 
 def _up(layer: nn.Module, y: Tensor, a: Tensor, threshold: Tensor) -> Callable[[], object]:
     """What adds the layer's update into `y`, in the way that the layer itself takes on this device."""
-    if y.is_cuda:
-        from spikelora.ops import triton_backend as backend  # needs triton, which torch for CPUs does not bring
-    else:
-        backend = torch_backend
     B, scaling = layer.lora_B["default"].weight, layer.scaling["default"]
     _, tau = layer.lora_gate["default"].neuron()
-    return torch.no_grad()(partial(backend.add_up_, y, a, B, threshold, tau, scaling))
+    if not y.is_cuda:
+        return torch.no_grad()(partial(torch_backend.add_up_, y, a, B, threshold, tau, scaling))
+    from spikelora.ops import triton_backend  # needs triton, which torch for CPUs does not bring
+
+    partials = a.float().unsqueeze(0)
+    arguments = (y, partials, None, None, B.T, threshold, tau, None, 1.0, scaling, 0.0)
+    return torch.no_grad()(partial(triton_backend._expand_add_, *arguments))
 
 
 def _check_layer(built: dict[str, nn.Module], x: Tensor, threshold: Tensor, dtype: torch.dtype) -> float:

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ RTOL = {F32: 1e-5, F16: 1e-3, BF16: 8e-3}
 ATOL = 1e-5
 SUM_TOL = {"rtol": 1e-4, "atol": 1e-4}
 SHARED_MEMORY = 101376  # bytes of a block on the smaller cards since sm_80; an A100 and an H100 have more
-ALPHA, SCALING = 1.5, 0.75
+ALPHA, SCALE, SCALING = 1.5, 1.25, 0.75
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -95,51 +96,56 @@ def assert_close(actual, expected, dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=RTOL[dtype], atol=ATOL, equal_nan=True)
 
 
-def up_reference(y, a, B, v_threshold, tau, grad_y):
+def reference(a, y, B, v_threshold, tau, grad_y):
     """`y` after the update, and the gradients of a, B, v_threshold and tau, through the oracle in float64."""
     a, B, v_threshold, tau = leaves = [t.double().requires_grad_() for t in (a, B, v_threshold, tau)]
     update = SCALING * spike_gate(a, v_threshold, tau, ALPHA) @ B.T
     return y.double() + update.detach(), torch.autograd.grad(update, leaves, grad_y.double())
 
 
-def assert_up(backend, y, a, B, v_threshold, tau, grad_y):
-    """`add_up_` and `up_backward` agree with the oracle for these values; returns grad_a."""
-    T, P, inputs = y.dtype, a.dtype, (a, B, v_threshold, tau)
-    expected, gradients = up_reference(y, *inputs, grad_y)
+def backward(backend, *arguments):
+    """What `adapter_backward` returns, and the gradient of a that it computes on the way."""
+    expand_add_, made = backend._expand_add_, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_expand_add_", lambda *args: (expand_add_(*args), made.append(args[2])))
+        grads = backend.adapter_backward(*arguments)
+    return grads, made[0]
 
+
+def assert_backend(backend, x, A, y, B, v_threshold, tau, grad_y, grad_x):
+    """A forward and a backward agree with the oracle, each at the values that the backend itself gave it."""
+    T, P, neuron = y.dtype, A.dtype, (v_threshold, tau)
     outside = y._base.isnan().sum() - y.isnan().sum()
-    assert backend.add_up_(y, *inputs, SCALING) is None
+    y_before, grad_x_before = y.clone(), grad_x.clone()
+
+    a = backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, True)
+    assert_close(a, SCALE * x.double() @ A.double().T, P)
+    expected, gradients = reference(a, y_before, B, *neuron, grad_y)
     assert_close(y, expected, T)
     assert y._base.isnan().sum() - y.isnan().sum() == outside
 
-    grad_a, grad_B, *grad_neuron = backend.up_backward(grad_y, *inputs, ALPHA, SCALING, True, True, True)
+    grads, grad_a = backward(backend, grad_y, grad_x, x, a, A, B, *neuron, ALPHA, SCALE, SCALING, (True,) * 4)
     assert_close(grad_a, gradients[0], P)
-    assert_close(grad_B, gradients[1], P)
-    for actual, wanted in zip(grad_neuron, gradients[2:], strict=True):
+    assert_close(grad_x, grad_x_before.double() + SCALE * grad_a.double() @ A.double(), T)
+    assert_close(grads[0], SCALE * grad_a.double().T @ x.double(), P)
+    assert_close(grads[1], gradients[1], P)
+    for actual, wanted in zip(grads[2:], gradients[2:], strict=True):
         assert actual.dtype == F32
         torch.testing.assert_close(actual.double(), wanted, equal_nan=True, **SUM_TOL)
-    return grad_a
 
 
-def assert_backend(backend, T, P, n, n_in, n_out, r, layout):
-    """Every function agrees with the oracle, each at the values that the backend itself gave it."""
-    x, A = laid_out(randn(n, n_in, seed=0, dtype=T), layout), laid_out(randn(r, n_in, seed=1, dtype=P) / 8, layout)
-    y, B = laid_out(randn(n, n_out, seed=2, dtype=T), layout), laid_out(randn(n_out, r, seed=3, dtype=P) / 8, layout)
+def operands(T, P, n, n_in, n_out, r, layout="contiguous"):
+    """x, A, y, B, v_threshold, tau, grad_y and grad_x."""
+    shapes = [(n, n_in, T, 1), (r, n_in, P, 8), (n, n_out, T, 1), (n_out, r, P, 8)]
+    x, A, y, B = (laid_out(randn(*s, seed=i, dtype=d) / by, layout) for i, (*s, d, by) in enumerate(shapes))
     grad_y, grad_x = (laid_out(randn(n, m, seed=4 + m, dtype=T), layout) for m in (n_out, n_in))
-
-    a = backend.down(x, A)
-    assert_close(a, x.double() @ A.double().T, P)
-    grad_a = assert_up(backend, y, laid_out(a, layout), B, *numbers(0.1, 1.7), grad_y)
-    assert_close(backend.down_backward_A(grad_a, x), grad_a.double().T @ x.double(), P)
-    expected = grad_x.double() + grad_a.double() @ A.double()
-    assert backend.add_down_backward_x_(grad_x, laid_out(grad_a, layout), A) is None
-    assert_close(grad_x, expected, T)
+    return x, A, y, B, *numbers(0.1, 1.7), grad_y, grad_x
 
 
 @pytest.mark.parametrize(("T", "P"), DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 def check_dtypes_and_layouts(backend, T, P, layout):
-    assert_backend(backend, T, P, 5, 33, 100, 7, layout)
+    assert_backend(backend, *operands(T, P, 5, 33, 100, 7, layout))
 
 
 @pytest.mark.parametrize(("T", "P"), [(F32, F32), (BF16, F32)])
@@ -148,41 +154,17 @@ def check_dtypes_and_layouts(backend, T, P, layout):
     [(0, 33, 100, 8), (1, 100, 33, 1), (1, 300, 300, 8), (17, 64, 64, 63), (130, 300, 100, 64), (130, 33, 300, 256)],
 )
 def check_sizes(backend, T, P, n, n_in, n_out, r):
-    assert_backend(backend, T, P, n, n_in, n_out, r, "contiguous")
+    assert_backend(backend, *operands(T, P, n, n_in, n_out, r))
 
 
-@pytest.mark.parametrize(("length", "splits"), [(0, 1), (1, 1), (256, 1), (257, 2), (600, 3)])
+@pytest.mark.parametrize(("length", "splits"), [(1, 1), (256, 1), (257, 2), (600, 3)])
 def check_sums_that_are_split(backend, buffers, length, splits):
-    x, A = randn(3, max(length, 1), seed=0, dtype=F32), randn(9, max(length, 1), seed=1, dtype=F32)
-    x, A = x[:, :length], A[:, :length]
-    assert_close(backend.down(x, A), x.double() @ A.double().T, F32)
-    assert_close(backend.down_backward_A(A.T, x.T), A.double() @ x.double().T, F32)
-
-    assert [shape[0] for _, shape in buffers if len(shape) == 3] == [splits, splits]
-
-
-def check_whole_chain(backend):
-    """One layer from x to all six gradients, in float64 by autograd alone."""
-    x, A, y, B, grad_y = (
-        randn(*shape, seed=i, dtype=F32) for i, shape in enumerate([(20, 300), (8, 300), (20, 40), (40, 8), (20, 40)])
-    )
-    v_threshold, tau = numbers(0.3, 2.5)
-    leaves = [t.double().requires_grad_() for t in (x, A, B, v_threshold, tau)]
-    gated = spike_gate(leaves[0] @ leaves[1].T, leaves[3], leaves[4], ALPHA)
-    update = SCALING * gated @ leaves[2].T
-    expected = torch.autograd.grad(update, leaves, grad_y.double())
-    wanted = y.double() + update.detach()
-
-    a = backend.down(x, A)
-    backend.add_up_(y, a, B, v_threshold, tau, SCALING)
-    grad_a, *rest = backend.up_backward(grad_y, a, B, v_threshold, tau, ALPHA, SCALING, True, True, True)
-    grad_x = torch.zeros_like(x)
-    backend.add_down_backward_x_(grad_x, grad_a, A)
-
-    tolerance = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(y.double(), wanted, **tolerance)
-    for actual, gradient in zip((grad_x, backend.down_backward_A(grad_a, x), *rest), expected, strict=True):
-        torch.testing.assert_close(actual.double(), gradient, **tolerance)
+    """Sums over features, of which a forward and a backward have one each, and over tokens."""
+    assert_backend(backend, *operands(F32, F32, 3, length, length, 9))
+    assert [shape[0] for _, shape in buffers if len(shape) == 3] == [splits, splits, 1, 1]
+    buffers.clear()
+    assert_backend(backend, *operands(F32, F32, length, 3, 5, 9))
+    assert [shape[0] for _, shape in buffers if len(shape) == 3] == [1, 1, splits, splits]
 
 
 def train(steps, dropout):
@@ -219,10 +201,26 @@ def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, monke
 
 
 def read_gate(backend, a, v_threshold, tau):
-    """What reaches an identity for B: the gated values."""
+    """What reaches an identity for B, from an identity for A: the gated values."""
     y = torch.zeros(a.shape)
-    backend.add_up_(y, a, torch.eye(a.shape[1]), v_threshold, tau, 1.0)
+    backend.add_adapter_(y, a, torch.eye(a.shape[1], dtype=a.dtype), torch.eye(a.shape[1], dtype=a.dtype), v_threshold,
+                         tau, 1.0, 1.0, False)  # fmt: skip
     return y
+
+
+def assert_given(backend, y, a, B, v_threshold, tau, grad_y):
+    """The same for an `a` as it is, of which no product with anything is asked."""
+    neuron, nothing = (v_threshold, tau), torch.zeros(a.shape[1], 0, dtype=a.dtype)
+    expected, gradients = reference(a, y, B, *neuron, grad_y)
+    backend._expand_add_(y, a.float()[None], None, None, B.T, *neuron, None, 1.0, SCALING, 0.0)
+    assert_close(y, expected, y.dtype)
+    (_, *grads), grad_a = backward(
+        backend, grad_y, None, None, a, nothing, B, *neuron, ALPHA, 1.0, SCALING, (False, True, True, True)
+    )
+    assert_close(grad_a, gradients[0], a.dtype)
+    assert_close(grads[0], gradients[1], a.dtype)
+    for actual, wanted in zip(grads[1:], gradients[2:], strict=True):
+        torch.testing.assert_close(actual.double(), wanted, equal_nan=True, **SUM_TOL)
 
 
 def check_fires_at_equality(backend):
@@ -230,8 +228,7 @@ def check_fires_at_equality(backend):
     v_threshold, tau = numbers(0.125, 2.0)
 
     assert torch.equal(read_gate(backend, a, v_threshold, tau), a * torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]))
-    y, B, grad_y = torch.zeros(2, 3), randn(3, 4, seed=0, dtype=F32), torch.ones(2, 3)
-    assert_up(backend, laid_out(y), a, B, v_threshold, tau, grad_y)
+    assert_given(backend, torch.zeros(2, 3), a, randn(3, 4, seed=0, dtype=F32), v_threshold, tau, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("P", [F32, F16, BF16])
@@ -255,35 +252,56 @@ def check_infinity_and_nan(backend, P, threshold):
     a = randn(5, 7, seed=0, dtype=P)
     a[0, 0], a[1, 1], a[2, 2] = -math.inf, math.inf, math.nan
     y, B, grad_y = randn(5, 6, seed=1, dtype=P), randn(6, 7, seed=2, dtype=P), randn(5, 6, seed=3, dtype=P)
+
     grad_y[3, 0] = math.inf
 
-    assert_up(backend, laid_out(y), a, B, *numbers(threshold, 2.0), grad_y)
+    assert_given(backend, y, a, B, *numbers(threshold, 2.0), grad_y)
 
 
 def check_minus_infinity_is_silent(backend):
-    assert torch.equal(read_gate(backend, torch.tensor([[-math.inf]]), *numbers(0.5, 2.0)), torch.zeros(1, 1))
+    y = torch.zeros(1, 1)
+    backend._expand_add_(y, torch.full((1, 1, 1), -math.inf), None, None, torch.ones(1, 1), *numbers(0.5, 2.0), None,
+                         1.0, 1.0, 0.0)  # fmt: skip
+    assert torch.equal(y, torch.zeros(1, 1))
 
 
 def check_infinite_gradient_does_not_meet_the_padding(backend):
-    a, B, grad_y = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+    a, A, B, grad_y = torch.ones(2, 3), torch.ones(3, 5), torch.ones(4, 3), torch.ones(2, 4)
     grad_y[0, 0] = math.inf
-    sums = backend.up_backward(grad_y, a, B, *numbers(0.5, 2.0), ALPHA, SCALING, False, True, True)[2:]
+    needs = (False, False, True, True)
+    grads = backend.adapter_backward(grad_y, None, None, a, A, B, *numbers(0.5, 2.0), ALPHA, SCALE, SCALING, needs)
 
-    assert torch.equal(torch.cat(sums), torch.full((2,), -math.inf))
+    assert grads[:2] == (None, None)
+    assert torch.equal(torch.cat(grads[2:]), torch.full((2,), -math.inf))
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def check_computes_what_is_needed(backend, needs):
-    a, B, grad_y = randn(3, 4, seed=0, dtype=F32), randn(5, 4, seed=1, dtype=F32), randn(3, 5, seed=2, dtype=F32)
-    inputs = (a, B, *numbers(0.1, 2.0))
-    gradients = up_reference(torch.zeros(3, 5), *inputs, grad_y)[1]
+@pytest.mark.parametrize("need_x", [True, False])
+@pytest.mark.parametrize("needs", [[i == j for i in range(4)] for j in range(5)])
+def check_computes_what_is_needed(backend, needs, need_x):
+    x, A, y, B, v_threshold, tau, grad_y, grad_x = operands(F32, F32, 3, 6, 5, 4)
+    inputs = (A, B, v_threshold, tau)
+    a = backend.add_adapter_(y, x, *inputs, SCALE, SCALING, True)
+    grad_a, *gradients = reference(a, y, B, v_threshold, tau, grad_y)[1]
+    expected = SCALE * grad_a.T @ x.double(), *gradients
+    before = grad_x.clone()
 
-    actual = backend.up_backward(grad_y, *inputs, ALPHA, SCALING, *needs)
-    for gradient, expected, needed in zip(actual, gradients, (True, *needs), strict=True):
+    actual = backend.adapter_backward(
+        grad_y, grad_x if need_x else None, x if needs[0] else None, a, *inputs, ALPHA, SCALE, SCALING, needs
+    )
+    assert_close(grad_x, before.double() + (SCALE * grad_a @ A.double() if need_x else 0), F32)
+    for gradient, wanted, needed in zip(actual, expected, needs, strict=True):
         if needed:
-            assert_close(gradient, expected, F32)
+            torch.testing.assert_close(gradient.double(), wanted, **SUM_TOL)
         else:
             assert gradient is None
+
+
+def check_keeps_no_activation_that_nobody_needs(backend):
+    x, A, y, B, *neuron, _, _ = operands(F32, F32, 3, 6, 5, 4)
+    again = y.clone()
+    assert backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, False) is None
+    backend.add_adapter_(again, x, A, B, *neuron, SCALE, SCALING, True)
+    assert torch.equal(y, again)
 
 
 @pytest.fixture(params=[80, 90, 100])
@@ -334,13 +352,10 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
         x, y, A, B = (t.T.contiguous().T for t in (x, y, A, B))
     v_threshold, tau = numbers(0.1, 2.0)
 
-    a = backend.down(x, A)
-    backend.add_up_(y, a, B, v_threshold, tau, SCALING)
-    grad_a, *_ = backend.up_backward(y, a, B, v_threshold, tau, ALPHA, SCALING, True, True, True)
-    backend.down_backward_A(grad_a, x)
-    backend.add_down_backward_x_(x, grad_a, A)
+    a = backend.add_adapter_(y, x, A, B, v_threshold, tau, SCALE, SCALING, True)
+    backend.adapter_backward(y, x, x, a, A, B, v_threshold, tau, ALPHA, SCALE, SCALING, (True,) * 4)
 
-    assert len(launches) == 10
+    assert len(launches) == 5
     for arguments, kernel in launches:
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata.name
@@ -348,6 +363,44 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
         assert ("div.rn.f32" in kernel.asm["ptx"]) == (arguments.get("tau") is not None), kernel.metadata.name
         if P == F32 and layout == "contiguous":  # half-precision features are read by the vector, not one by one
             assert "ld.global.b16" not in kernel.asm["ptx"], kernel.metadata.name
+
+
+def compile_once_and_start_again(launches, monkeypatch):
+    """What was compiled is started directly, with the arguments and the grid of Triton's own way in."""
+    backend = importlib.import_module("spikelora.ops.triton_backend")
+    monkeypatch.setattr(backend, "_compiled", {})
+    x, A, y, B, *neuron, grad_y, grad_x = operands(BF16, F32, 70, 64, 96, 8)
+    # At the start of their memory, as `laid_out` puts them a row behind it.
+    x, A, y, B, grad_y, grad_x = (t.clone() for t in (x, A, y, B, grad_y, grad_x))
+
+    def step():
+        a = backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, True)
+        backend.adapter_backward(grad_y, grad_x, x, a, A, B, *neuron, ALPHA, SCALE, SCALING, (True,) * 4)
+
+    step()
+    first = [list(arguments.values()) for arguments, _ in launches]
+    assert len(first) == len(backend._compiled) == 5
+    started = []
+    for key in backend._compiled:
+        kept = SimpleNamespace(run=lambda *args: started.append(args), function="function", packed_metadata="packed")
+        backend._compiled[key] = kept
+    step()
+    assert len(launches) == 5
+    for call, expected in zip(started, first, strict=True):
+        grid, rest, arguments = call[:3], call[3:9], call[9:]
+        assert rest == (0, "function", "packed", None, None, None)  # the stream, and no hooks
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        assert len(arguments) == len(expected)
+        for actual, wanted in zip(arguments, expected, strict=True):
+            assert isinstance(actual, int) if isinstance(wanted, torch.Tensor) else actual == wanted
+
+    # Another number of tokens is no other kernel; a pointer between two of 16 bytes goes Triton's way.
+    x, y, grad_y, grad_x = (t[:40] for t in (x, y, grad_y, grad_x))
+    step()
+    assert len(launches) == 5
+    x = torch.zeros(41 * 64 + 1, dtype=BF16)[1:].view(41, 64)[:40]
+    step()
+    assert len(launches) == 7
 
 
 def compile_and_start(launches):

@@ -60,7 +60,7 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
         return y
     tokens = _tokens(x)
     y = _linear(tokens, weight, bias)
-    _add_adapter_(y, tokens, adapter)
+    _add_adapter_(y, tokens, adapter, need_a=False)
     return y if tokens is x else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -85,7 +85,7 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
         out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter[:4], adapter[4:])
         return out
     out = y if in_place else y.clone(memory_format=torch.contiguous_format)
-    _add_adapter_(_tokens(out), _tokens(x), adapter)
+    _add_adapter_(_tokens(out), _tokens(x), adapter, need_a=False)
     return out
 
 
@@ -100,7 +100,7 @@ class _SpikeLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, A, B, v_threshold, tau, numbers):
         tokens = _tokens(x)
         y = _linear(tokens, weight, bias)
-        a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers))
+        a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers = numbers
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau, weight)
         # Not `view`: what a function returns must be no view, or the layers above could not change it in place.
@@ -128,7 +128,7 @@ class _SpikeBranch(torch.autograd.Function):
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)
-        a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers))
+        a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers, ctx.x_dtype = numbers, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau)
         return y
@@ -184,43 +184,39 @@ def _linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
     return grad_x
 
 
-def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
-    """Add the adapter's part into `y (N, out)`; returns `a (N, r)` and, where there is dropout, its mask `(N, in)`."""
-    backend, mask = _backend(y, adapter.A), None
-    if not adapter.dropout:
-        a = backend.down(x, adapter.A)
-    else:
-        dropped, mask = torch.native_dropout(x, adapter.dropout, True)
-        if x.dtype == adapter.A.dtype:
-            a = backend.down(dropped, adapter.A)
+def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Add the adapter's part into `y (N, out)`; returns `a (N, r)` if needed, and dropout's mask `(N, in)` if any."""
+    A, B, v_threshold, tau, _, scaling, dropout, observers = adapter
+    mask, scale = None, 1.0
+    if dropout:
+        dropped, mask = torch.native_dropout(x, dropout, True)
+        if x.dtype == A.dtype:
+            x = dropped
         else:  # what PEFT drops out is a float32 copy; `x / (1 - dropout)` would be rounded here, and moves spikes
-            a = backend.down(x * mask, adapter.A).mul_(_kept(adapter.dropout))
-    for observe in adapter.observers:
+            x, scale = x * mask, _kept(dropout)
+    need_a = need_a or bool(observers)
+    a = _backend(y, A).add_adapter_(y, x, A, B, v_threshold, tau, scale, scaling, need_a)
+    for observe in observers:
         observe(a)
-    backend.add_up_(y, a, adapter.B, adapter.v_threshold, adapter.tau, adapter.scaling)
     return a, mask
 
 
 def _adapter_backward(
     grad_y: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor], numbers: tuple, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where it is given."""
+    """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where given."""
     x, a, mask, A, B, v_threshold, tau = saved
     surrogate_alpha, scaling, dropout, _ = numbers
-    backend, grad_A = _backend(grad_y, A), None
-    grad_a, *grads = backend.up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:])
+    tokens, part, scale = _tokens(x) if needs[0] else None, grad_x, 1.0
     if mask is not None:
-        grad_a = grad_a.mul_(_kept(dropout))
-    if needs[0]:
-        tokens = _tokens(x)
-        grad_A = backend.down_backward_A(grad_a, tokens if mask is None else tokens * mask)
-    if grad_x is not None and mask is None:
-        backend.add_down_backward_x_(grad_x, grad_a, A)
-    elif grad_x is not None:
-        part = torch.zeros_like(grad_x)
-        backend.add_down_backward_x_(part, grad_a, A)
+        tokens = None if tokens is None else tokens * mask
+        part, scale = None if grad_x is None else torch.zeros_like(grad_x), _kept(dropout)
+    grads: tuple[Tensor | None, ...] = _backend(grad_y, A).adapter_backward(
+        grad_y, part, tokens, a, A, B, v_threshold, tau, surrogate_alpha, scale, scaling, needs
+    )
+    if grad_x is not None and part is not None and mask is not None:
         grad_x.addcmul_(part, mask)
-    return grad_A, *grads
+    return grads
 
 
 def _kept(dropout: float) -> float:

@@ -6,6 +6,7 @@ block at a time: as exact as PEFT's float32 copy of the whole, without the copy.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,9 +39,52 @@ _FINITE = {
 _SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
 
 
-def down(x: Tensor, A: Tensor) -> Tensor:
-    """`a = x @ A.T`, `(N, r)` in the dtype of `A`."""
-    return _contract(x, A.t(), 1.0)
+def add_adapter_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    v_threshold: Tensor,
+    tau: Tensor,
+    scale: float,
+    scaling: float,
+    need_a: bool = True,
+) -> Tensor:
+    """Add the adapter in place, `y (N, out) += scaling * gated @ B.T`; returns `a = scale * x (N, in) @ A.T`.
+
+    `gated = a * (a / tau >= v_threshold)`.
+    """
+    a = _contract(x, A.t(), scale)
+    add_up_(y, a, B, v_threshold, tau, scaling)
+    return a
+
+
+def adapter_backward(
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor | None,
+    a: Tensor,
+    A: Tensor,
+    B: Tensor,
+    v_threshold: Tensor,
+    tau: Tensor,
+    surrogate_alpha: float,
+    scale: float,
+    scaling: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `add_adapter_` by A, B, v_threshold and tau, those of them that `needs` says, the rest None.
+
+    Adds that by x into `grad_x (N, in)` where it is given. With `grad_a` from `up_backward`:
+
+        grad_A (r, in)   = scale * grad_a.T @ x
+        grad_x (N, in)  += scale * grad_a @ A
+    """
+    grad_a, *grads = up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:])
+    grad_A = _sum_over_tokens(x, grad_a, scale, transposed=True) if needs[0] and x is not None else None
+    if grad_x is not None:
+        _add_product_(grad_x, grad_a, A, scale)
+    return grad_A, *grads
 
 
 def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, scaling: float) -> None:
@@ -124,16 +168,6 @@ def _gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float)
     grad_a = torch.ops.aten.threshold_backward.default(g, a, silent)
     grad_a.addcdiv_(finite_a.mul_(g), distance, value=surrogate_alpha * tau / (2 * c**2))
     return grad_a if dtype is charged else grad_a.to(dtype)
-
-
-def down_backward_A(grad_a: Tensor, x: Tensor) -> Tensor:
-    """`grad_A = grad_a.T @ x`, `(r, in)` in the dtype of `grad_a`."""
-    return _sum_over_tokens(x, grad_a, 1.0, transposed=True)
-
-
-def add_down_backward_x_(grad_x: Tensor, grad_a: Tensor, A: Tensor) -> None:
-    """`grad_x += grad_a @ A` in place."""
-    _add_product_(grad_x, grad_a, A, 1.0)
 
 
 def _charge(a: Tensor, tau: Tensor) -> Tensor:

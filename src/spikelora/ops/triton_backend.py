@@ -1,11 +1,18 @@
-"""The products of a spiking adapter as Triton kernels: the gate happens inside them and no `gated` reaches memory.
+"""The adapter's products as Triton kernels: the gate happens inside them and no `gated` reaches memory.
 
-The five products have three shapes, hence three kernels over tokens N, features M and ranks r. Two of them contract a
-long axis: the axis is cut into spans so that a few tokens still fill a GPU, every span has its own partial sum, and a
-fourth kernel adds these in a fixed order. Nothing is added atomically, so that training can be repeated to the bit.
+Three kernels over tokens N, features M and ranks r, two of them for a forward and three for a backward:
+
+- `_contract_features`: partial sums of `x @ W.T`, one for each span of the features, so that few tokens fill a GPU.
+- `_expand_add`: adds the partial sums up, takes them through the gate or its backward, and adds their product into y.
+- `_contract_tokens`: the gradients of both matrices in one launch, in spans of tokens where there are many.
+
+Sums are added in a fixed order and nothing is added atomically, so that training can be repeated to the bit.
 """
 
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +23,11 @@ from triton.runtime import driver
 # Block sizes are fixed rather than tuned: another choice would be another order of summation.
 BLOCK = 64
 SMALL_BLOCK = 16  # the smallest that tl.dot takes
+WIDE_BLOCK = 128  # of the features that one program adds into, which gathers the partial sums of its tokens first
 # A kernel that contracts gets about so many programs, by cutting into spans no shorter than MIN_SPAN.
 PROGRAMS = 256
 MIN_SPAN = 256
+MAX_SPANS = 16
 
 
 def can_start() -> bool:
@@ -87,9 +96,8 @@ def _gate_backward(grad, a, v_threshold, tau, surrogate_alpha):
 
 @triton.jit(do_not_specialize=["n_tokens", "span"])
 def _contract_features(
-    x, x_n, x_m, W, w_r, w_m, partials, n_tokens, n_features, rank, span,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, W, partials, x_n, x_m, w_r, w_m, n_features, rank, n_tokens, span,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`partials[s] (N, r) = x (N, M) @ W (r, M).T` over the features of span s."""
     # The rank blocks of one block of tokens are neighbours, so that they find x in the cache.
@@ -107,88 +115,251 @@ def _contract_features(
     _store(partials, total, tokens, ranks, n_tokens, rank, rank, 1)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "splits"])
 def _expand_add(
-    y, y_n, y_m, a, a_n, a_r, W, w_r, w_m, v_threshold, tau, scaling, n_tokens, n_features, rank,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    y, partials, out, a, W, v_threshold, tau, sums, y_n, y_m, w_r, w_m, n_features, rank, n_tokens, splits,
+    scale, scaling, surrogate_alpha,
+    BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`y (N, M) += scaling * a (N, r) @ W (r, M)`, with `a` gated where a neuron is given."""
+    """`y (N, M) += scaling * c (N, r) @ W (r, M)`, with `c` made of `total = scale * sum_s partials[s] (N, r)`.
+
+    Forward `total` is the low-rank activation, which goes to `out` where that is given, and `c` is gated. Backward it
+    is the gradient of `gated`, and `c` that of `a`, which goes to `out`; `sums (2, blocks of tokens and of ranks)`
+    get the shares of the gradients of v_threshold and tau where they are given.
+    """
     tokens = _block(tl.program_id(0), BLOCK_N)
     features = _block(tl.program_id(1), BLOCK_M)
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for block in range(tl.cdiv(rank, BLOCK_R)):
-        ranks = _block(block, BLOCK_R)
-        a_tile = _load(a, tokens, ranks, n_tokens, rank, a_n, a_r)
-        if tau is not None:
-            a_tile = _gate(a_tile, tl.load(v_threshold), tl.load(tau))
-        W_tile = _load(W, ranks, features, rank, n_features, w_r, w_m)
-        total = tl.dot(a_tile, W_tile, total, input_precision=PRECISION)
-    y_tile = _load(y, tokens, features, n_tokens, n_features, y_n, y_m)
-    _store(y, y_tile + scaling * total, tokens, features, n_tokens, n_features, y_n, y_m)
-
-
-@triton.jit(do_not_specialize=["n_tokens", "span"])
-def _contract_tokens(
-    x, x_n, x_m, a, a_n, a_r, partials, v_threshold, tau, n_tokens, n_features, rank, span,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`partials[s] (M, r) = x (N, M).T @ a (N, r)` over the tokens of span s, `a` gated where a neuron is given."""
     rank_blocks = tl.cdiv(rank, BLOCK_R)
-    features = _block(tl.program_id(0) // rank_blocks, BLOCK_M)
-    ranks = _block(tl.program_id(0) % rank_blocks, BLOCK_R)
+    threshold_value, tau_value = tl.load(v_threshold), tl.load(tau)
+    product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for block in range(rank_blocks):
+        ranks = _block(block, BLOCK_R)
+        c = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        for split in range(splits):
+            partial = partials + tl.cast(split, tl.int64) * n_tokens * rank
+            c += _load(partial, tokens, ranks, n_tokens, rank, rank, 1)
+        c = scale * c
+        if BACKWARD:
+            a_tile = _load(a, tokens, ranks, n_tokens, rank, rank, 1)
+            c, grad_v, finite_a = _gate_backward(c, a_tile, threshold_value, tau_value, surrogate_alpha)
+            if sums is not None:  # noqa: SIM102 - known when compiled, the condition within is not
+                if tl.program_id(1) == 0:
+                    place = sums + tl.program_id(0) * rank_blocks + block
+                    tl.store(place, -tl.sum(grad_v))
+                    place += tl.num_programs(0) * rank_blocks
+                    tl.store(place, -tl.sum(grad_v * finite_a) / (tau_value * tau_value))
+        # Rounded as it is kept, before it is compared and multiplied.
+        c = c.to(W.dtype.element_ty).to(tl.float32)
+        if out is not None:  # noqa: SIM102
+            if tl.program_id(1) == 0:
+                _store(out, c, tokens, ranks, n_tokens, rank, rank, 1)
+        if not BACKWARD:
+            c = _gate(c, threshold_value, tau_value)
+        W_tile = _load(W, ranks, features, rank, n_features, w_r, w_m)
+        product = tl.dot(c, W_tile, product, input_precision=PRECISION)
+    y_tile = _load(y, tokens, features, n_tokens, n_features, y_n, y_m)
+    _store(y, y_tile + scaling * product, tokens, features, n_tokens, n_features, y_n, y_m)
+
+
+@triton.jit
+def _token_sum(
+    x, c, out, v_threshold, tau, x_n, x_m, out_m, out_r, n_tokens, n_features, rank, span, index, scaling,
+    GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of `out[s] (M, r) = scaling * x (N, M).T @ c (N, r)` over the tokens of span s, `c` gated if asked."""
+    rank_blocks = tl.cdiv(rank, BLOCK_R)
+    features = _block(index // rank_blocks, BLOCK_M)
+    ranks = _block(index % rank_blocks, BLOCK_R)
     split = tl.program_id(1)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for block in range(split * span, min((split + 1) * span, tl.cdiv(n_tokens, BLOCK_N))):
         tokens = _block(block, BLOCK_N)
-        a_tile = _load(a, tokens, ranks, n_tokens, rank, a_n, a_r)
-        if tau is not None:
-            a_tile = _gate(a_tile, tl.load(v_threshold), tl.load(tau))
+        c_tile = _load(c, tokens, ranks, n_tokens, rank, rank, 1)
+        if GATED:
+            c_tile = _gate(c_tile, tl.load(v_threshold), tl.load(tau))
         x_tile = _load(x, features, tokens, n_features, n_tokens, x_m, x_n)
-        total = tl.dot(x_tile, a_tile, total, input_precision=PRECISION)
-    partials += tl.cast(split, tl.int64) * n_features * rank
-    _store(partials, total, features, ranks, n_features, rank, rank, 1)
+        total = tl.dot(x_tile, c_tile, total, input_precision=PRECISION)
+    out += tl.cast(split, tl.int64) * n_features * rank
+    _store(out, scaling * total, features, ranks, n_features, rank, out_m, out_r)
 
 
-@triton.jit(do_not_specialize=["n_rows", "splits"])
-def _add_partials(
-    partials, splits, scaling, out, out_n, out_r, a, a_n, a_r, v_threshold, tau, surrogate_alpha, sums, n_rows, rank,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+@triton.jit(do_not_specialize=["n_tokens", "span"])
+def _contract_tokens(
+    x, grad_a, grad_A, grad_y, a, grad_B, v_threshold, tau, x_n, x_m, y_n, y_m, in_features, out_features, rank,
+    n_tokens, span, scale, scaling,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION_A: tl.constexpr,
+    PRECISION_B: tl.constexpr,
 ):  # fmt: skip
-    """`out (rows, r) = scaling * sum_s partials[s] (rows, r)`, taken through the gate's backward where `a` is given.
+    """`grad_A[s] (r, in) = scale * grad_a.T @ x` and `grad_B[s] (out, r) = scaling * grad_y.T @ gated`, of span s.
 
-    `sums (2, programs)` get this program's share of the gradients of v_threshold and tau.
+    Each of them where it is given; the programs of the first come before those of the second.
     """
-    rank_blocks = tl.cdiv(rank, BLOCK_R)
-    rows = _block(tl.program_id(0) // rank_blocks, BLOCK_N)
-    ranks = _block(tl.program_id(0) % rank_blocks, BLOCK_R)
-    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for split in range(splits):
-        partial = partials + tl.cast(split, tl.int64) * n_rows * rank
-        total += _load(partial, rows, ranks, n_rows, rank, rank, 1)
-    total = scaling * total
-    if a is not None:
-        tau_value = tl.load(tau)
-        a_tile = _load(a, rows, ranks, n_rows, rank, a_n, a_r)
-        total, grad_v, finite_a = _gate_backward(total, a_tile, tl.load(v_threshold), tau_value, surrogate_alpha)
-        if sums is not None:
-            tl.store(sums + tl.program_id(0), -tl.sum(grad_v))
-            tl.store(sums + tl.num_programs(0) + tl.program_id(0), -tl.sum(grad_v * finite_a) / (tau_value * tau_value))
-    _store(out, total, rows, ranks, n_rows, rank, out_n, out_r)
+    index = tl.program_id(0)
+    blocks_A = 0
+    if grad_A is not None:
+        blocks_A = tl.cdiv(in_features, BLOCK_M) * tl.cdiv(rank, BLOCK_R)
+        if index < blocks_A:
+            _token_sum(
+                x, grad_a, grad_A, v_threshold, tau, x_n, x_m, 1, in_features, n_tokens, in_features, rank, span, index,
+                scale, False, BLOCK_N, BLOCK_M, BLOCK_R, PRECISION_A,
+            )  # fmt: skip
+    if grad_B is not None:  # noqa: SIM102
+        if index >= blocks_A:
+            _token_sum(
+                grad_y, a, grad_B, v_threshold, tau, y_n, y_m, rank, 1, n_tokens, out_features, rank, span,
+                index - blocks_A, scaling, True, BLOCK_N, BLOCK_M, BLOCK_R, PRECISION_B,
+            )  # fmt: skip
 
 
-def _blocks(n_tokens: int, rank: int) -> tuple[int, int]:
-    """Sizes of the blocks of tokens and of ranks."""
-    size = min(BLOCK, max(SMALL_BLOCK, triton.next_power_of_2(rank)))
-    return SMALL_BLOCK if n_tokens <= SMALL_BLOCK else BLOCK, size
+def add_adapter_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, scale: float, scaling: float,
+    need_a: bool,
+) -> Tensor | None:  # fmt: skip
+    """Add the adapter in place, `y (N, out) += scaling * gated @ B.T`; returns `a = scale * x (N, in) @ A.T` if needed.
+
+    `A (r, in)` and `B (out, r)` have one dtype, which is that of `a (N, r)`; `gated` is `a` where
+    `a / tau >= v_threshold`, compared in float32, and 0 elsewhere.
+    """
+    with _on_device_of(y):
+        a = torch.empty((x.shape[0], A.shape[0]), dtype=A.dtype, device=x.device) if need_a else None
+        partials = _partial_sums(x, A)
+        _expand_add_(y, partials, a, None, B.T, v_threshold, tau, None, scale, scaling, 0.0)
+    return a
 
 
-def _spans(length: int, block: int, programs: int) -> tuple[int, int]:
-    """Number of the spans that `length` is cut into where each takes `programs` of them, and their length in blocks."""
-    splits = max(1, min(triton.cdiv(PROGRAMS, max(programs, 1)), triton.cdiv(length, MIN_SPAN)))
-    span = max(1, triton.cdiv(triton.cdiv(length, splits), block))
-    return max(1, triton.cdiv(length, span * block)), span
+def adapter_backward(
+    grad_y: Tensor, grad_x: Tensor | None, x: Tensor | None, a: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor,
+    tau: Tensor, surrogate_alpha: float, scale: float, scaling: float, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of `add_adapter_` by A, B, v_threshold and tau, those of them that `needs` says, the rest None.
+
+    Adds that by x into `grad_x (N, in)` where it is given. With the ATan surrogate `s'(u)` at
+    `u = a / tau - v_threshold`, `g = scaling * grad_y (N, out) @ B` and `grad_v = g * a * s'(u)`:
+
+        grad_a (N, r)          = g * spikes + grad_v / tau
+        grad_x (N, in)        += scale * grad_a @ A
+        grad_A (r, in)         = scale * grad_a.T @ x
+        grad_B (out, r)        = scaling * grad_y.T @ gated
+        grad_v_threshold (1,)  = -sum(grad_v)
+        grad_tau (1,)          = -sum(grad_v * a / tau ** 2)
+    """
+    need_A, need_B, need_v_threshold, need_tau = needs
+    a = a.contiguous()
+    grad_A = grad_B = sums = None
+    with _on_device_of(grad_y):
+        if need_v_threshold or need_tau:
+            blocks = [_cdiv(size, block) for size, block in zip(a.shape, _blocks(*a.shape), strict=True)]
+            sums = torch.empty((2, blocks[0] * blocks[1]), dtype=torch.float32, device=a.device)
+        grad_a = None
+        if need_A or grad_x is not None or sums is not None:
+            grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+            nowhere = grad_a[:, :0]  # the product of which nobody needs the sum
+            y = nowhere if grad_x is None else grad_x
+            partials = _partial_sums(grad_y, B.T)
+            W = A[:, :0] if grad_x is None else A
+            _expand_add_(y, partials, grad_a, a, W, v_threshold, tau, sums, scaling, scale, surrogate_alpha)
+        if need_A or need_B:
+            x = x if need_A else None
+            grad_A, grad_B = _token_sums(x, grad_a, grad_y, a, need_B, v_threshold, tau, scale, scaling)
+    grad_v_threshold = sums[0].sum().view(1) if sums is not None and need_v_threshold else None
+    grad_tau = sums[1].sum().view(1) if sums is not None and need_tau else None
+    return grad_A, grad_B, grad_v_threshold, grad_tau
+
+
+def _partial_sums(x: Tensor, W: Tensor) -> Tensor:
+    """Partial sums `(splits, N, r)` in float32 of `x (N, M) @ W (r, M).T`."""
+    (n_tokens, n_features), rank = x.shape, W.shape[0]
+    block_n, block_r = _blocks(n_tokens, rank)
+    programs = _cdiv(n_tokens, block_n) * _cdiv(rank, block_r)
+    splits, span = _spans(n_features, BLOCK, programs)
+    partials = torch.empty((splits, n_tokens, rank), dtype=torch.float32, device=x.device)
+    _start(
+        _contract_features, (programs, splits), (x, W, partials), (*x.stride(), *W.stride(), n_features, rank),
+        (n_tokens, span), (block_n, BLOCK, block_r, _precision(x, W)),
+    )  # fmt: skip
+    return partials
+
+
+def _expand_add_(
+    y: Tensor, partials: Tensor, out: Tensor | None, a: Tensor | None, W: Tensor, v_threshold: Tensor, tau: Tensor,
+    sums: Tensor | None, scale: float, scaling: float, surrogate_alpha: float,
+) -> None:  # fmt: skip
+    """`y (N, M) += scaling * c @ W (r, M)` in place, `c` as `_expand_add` makes it: backward where `a` is given."""
+    (n_tokens, n_features), (splits, _, rank) = y.shape, partials.shape
+    block_n, block_r = _blocks(n_tokens, rank)
+    _start(
+        _expand_add, (_cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))),
+        (y, partials, out, a, W, v_threshold, tau, sums), (*y.stride(), *W.stride(), n_features, rank),
+        (n_tokens, splits, float(scale), float(scaling), float(surrogate_alpha)),
+        (a is not None, block_n, WIDE_BLOCK, block_r, _precision(W, W)),
+        num_stages=1,  # most ranks are one block: there is nothing to load ahead
+    )  # fmt: skip
+
+
+def _token_sums(
+    x: Tensor | None, grad_a: Tensor | None, grad_y: Tensor, a: Tensor, need_B: bool, v_threshold: Tensor, tau: Tensor,
+    scale: float, scaling: float,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """`grad_A (r, in)` where x is given, and `grad_B (out, r)` if needed."""
+    (n_tokens, out_features), rank = grad_y.shape, a.shape[1]
+    in_features = 0 if x is None else x.shape[1]
+    block_n, block_r = _blocks(n_tokens, rank)
+    programs = (_cdiv(in_features, BLOCK) + _cdiv(out_features if need_B else 0, BLOCK)) * _cdiv(rank, block_r)
+    splits, span = _spans(n_tokens, block_n, programs)
+    # What is split is added up by torch, in float32.
+    dtype = a.dtype if splits == 1 else torch.float32
+    A = B = None
+    if x is not None:
+        A = torch.empty((splits, rank, in_features), dtype=dtype, device=a.device)
+    if need_B:
+        B = torch.empty((splits, out_features, rank), dtype=dtype, device=a.device)
+    strides = (*((0, 0) if x is None else x.stride()), *grad_y.stride())
+    _start(
+        _contract_tokens, (programs, splits), (x, grad_a, A, grad_y, a, B, v_threshold, tau),
+        (*strides, in_features, out_features, rank), (n_tokens, span, float(scale), float(scaling)),
+        (block_n, BLOCK, block_r, _precision(a if x is None else x, a), _precision(grad_y, a)),
+    )  # fmt: skip
+    if splits == 1:
+        return None if A is None else A[0], None if B is None else B[0]
+    return None if A is None else A.sum(0).to(a.dtype), None if B is None else B.sum(0).to(a.dtype)
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def _start(
+    kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], numbers: tuple,
+    constants: tuple, **options: int,
+) -> None:  # fmt: skip
+    """Launch a kernel on the current device.
+
+    Triton's own way in looks at every argument to find what it has compiled, which takes longer than most kernels run.
+    Here that is kept by all that it depends on: the dtypes, the sizes, for which a kernel is specialised, and the
+    constants; not the `numbers`, whose types are always the same. Pointers that are not aligned to 16 bytes, which are
+    rare, go Triton's way.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # but interpreted
+        kernel[grid](*tensors, *sizes, *numbers, *constants)
+        return
+    device = driver.active.get_current_device()
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    aligned = not any(pointer is not None and pointer % 16 for pointer in pointers)
+    key = (kernel.fn, device, sizes, constants, *[None if t is None else t.dtype for t in tensors])
+    found = _compiled.get(key) if aligned else None
+    if found is not None:
+        stream = driver.active.get_current_stream(device)
+        arguments = (*pointers, *sizes, *numbers, *constants)
+        found.run(*grid, 1, stream, found.function, found.packed_metadata, None, None, None, *arguments)
+        return
+    found = kernel[grid](*tensors, *sizes, *numbers, *constants, **options)
+    if aligned:
+        _compiled[key] = found
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager:
+    """The device of x as the current one; to enter a context takes longer than to see that it is."""
+    return nullcontext() if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
 def _precision(left: Tensor, right: Tensor) -> str:
@@ -200,134 +371,18 @@ def _precision(left: Tensor, right: Tensor) -> str:
     return "tf32x3" if torch.float32 in (left.dtype, right.dtype) else "tf32"
 
 
-def _features_to_ranks(x: Tensor, W: Tensor) -> Tensor:
-    """Partial sums `(splits, N, r)` in float32 of `x (N, M) @ W (r, M).T`."""
-    (n_tokens, n_features), rank = x.shape, W.shape[0]
-    block_n, block_r = _blocks(n_tokens, rank)
-    programs = triton.cdiv(n_tokens, block_n) * triton.cdiv(rank, block_r)
-    splits, span = _spans(n_features, BLOCK, programs)
-    partials = torch.empty((splits, n_tokens, rank), dtype=torch.float32, device=x.device)
-    _contract_features[(programs, splits)](
-        x, *x.stride(), W, *W.stride(), partials, n_tokens, n_features, rank, span,
-        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r, PRECISION=_precision(x, W),
-    )  # fmt: skip
-    return partials
+def _cdiv(size: int, block: int) -> int:
+    return -(-size // block)
 
 
-def _expand_add_(
-    y: Tensor, a: Tensor, W: Tensor, v_threshold: Tensor | None, tau: Tensor | None, scaling: float
-) -> None:
-    """`y (N, M) += scaling * a (N, r) @ W (r, M)` in place, `a` gated where a neuron is given."""
-    (n_tokens, n_features), rank = y.shape, a.shape[1]
-    block_n, block_r = _blocks(n_tokens, rank)
-    _expand_add[(triton.cdiv(n_tokens, block_n), triton.cdiv(n_features, BLOCK))](
-        y, *y.stride(), a, *a.stride(), W, *W.stride(), v_threshold, tau, scaling, n_tokens, n_features, rank,
-        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r, PRECISION=_precision(a, W),
-        num_stages=1,  # most ranks are one block: there is nothing to load ahead
-    )  # fmt: skip
+def _blocks(n_tokens: int, rank: int) -> tuple[int, int]:
+    """Sizes of the blocks of tokens and of ranks."""
+    size = min(BLOCK, max(SMALL_BLOCK, 1 << (rank - 1).bit_length()))
+    return SMALL_BLOCK if n_tokens <= SMALL_BLOCK else BLOCK, size
 
 
-def _tokens_to_weight(
-    x: Tensor, a: Tensor, v_threshold: Tensor | None, tau: Tensor | None, scaling: float, out: Tensor
-) -> None:
-    """`out (M, r) = scaling * x (N, M).T @ a (N, r)`, `a` gated where a neuron is given."""
-    (n_tokens, n_features), rank = x.shape, a.shape[1]
-    block_n, block_r = _blocks(n_tokens, rank)
-    programs = triton.cdiv(n_features, BLOCK) * triton.cdiv(rank, block_r)
-    splits, span = _spans(n_tokens, block_n, programs)
-    partials = torch.empty((splits, n_features, rank), dtype=torch.float32, device=x.device)
-    _contract_tokens[(programs, splits)](
-        x, *x.stride(), a, *a.stride(), partials, v_threshold, tau, n_tokens, n_features, rank, span,
-        BLOCK_N=block_n, BLOCK_M=BLOCK, BLOCK_R=block_r, PRECISION=_precision(x, a),
-    )  # fmt: skip
-    _sum_partials(partials, scaling, out)
-
-
-def _sum_partials(
-    partials: Tensor,
-    scaling: float,
-    out: Tensor,
-    neuron: tuple[Tensor, Tensor, Tensor, float] | None = None,
-    need_sums: bool = False,
-) -> Tensor | None:
-    """`out (rows, r) = scaling * partials.sum(0)`, taken through the gate's backward where a neuron is given.
-
-    Returns, if needed, `sums (2, programs)`: their sums over programs are the gradients of v_threshold and tau.
-    """
-    splits, n_rows, rank = partials.shape
-    block_n, block_r = _blocks(n_rows, rank)
-    programs = triton.cdiv(n_rows, block_n) * triton.cdiv(rank, block_r)
-    sums = torch.empty((2, programs), dtype=torch.float32, device=out.device) if need_sums else None
-    a, v_threshold, tau, surrogate_alpha = neuron or (None, None, None, 0.0)
-    _add_partials[(programs,)](
-        partials, splits, scaling, out, *out.stride(), a, *(a.stride() if a is not None else (0, 0)),
-        v_threshold, tau, surrogate_alpha, sums, n_rows, rank, BLOCK_N=block_n, BLOCK_R=block_r,
-    )  # fmt: skip
-    return sums
-
-
-def down(x: Tensor, A: Tensor) -> Tensor:
-    """Low-rank activation `a (N, r) = x (N, in) @ A (r, in).T`, in the dtype of A."""
-    with torch.cuda.device_of(x):
-        a = torch.empty((x.shape[0], A.shape[0]), dtype=A.dtype, device=x.device)
-        _sum_partials(_features_to_ranks(x, A), 1.0, a)
-    return a
-
-
-def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, scaling: float) -> None:
-    """Add the gated update in place, `y (N, out) += scaling * gated @ B (out, r).T`.
-
-    `gated = a (N, r)` where `a / tau >= v_threshold`, compared in float32, and 0 elsewhere.
-    """
-    with torch.cuda.device_of(y):
-        _expand_add_(y, a, B.T, v_threshold, tau, scaling)
-
-
-def up_backward(
-    grad_y: Tensor,
-    a: Tensor,
-    B: Tensor,
-    v_threshold: Tensor,
-    tau: Tensor,
-    surrogate_alpha: float,
-    scaling: float,
-    need_B: bool,
-    need_v_threshold: bool,
-    need_tau: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `add_up_`, with the ATan surrogate `s'(u)` at `u = a / tau - v_threshold` for the step's derivative.
-
-    With `g = scaling * grad_y (N, out) @ B (out, r)` and `grad_v = g * a * s'(u)`:
-
-        grad_a (N, r)          = g * spikes + grad_v / tau
-        grad_B (out, r)        = scaling * grad_y.T @ gated
-        grad_v_threshold (1,)  = -sum(grad_v)
-        grad_tau (1,)          = -sum(grad_v * a / tau ** 2)
-    """
-    grad_B = grad_v_threshold = grad_tau = None
-    with torch.cuda.device_of(grad_y):
-        grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-        neuron = (a, v_threshold, tau, surrogate_alpha)
-        sums = _sum_partials(_features_to_ranks(grad_y, B.T), scaling, grad_a, neuron, need_v_threshold or need_tau)
-        if need_B:
-            grad_B = torch.empty(B.shape, dtype=B.dtype, device=B.device)
-            _tokens_to_weight(grad_y, a, v_threshold, tau, scaling, grad_B)
-        if sums is not None and need_v_threshold:
-            grad_v_threshold = sums[0].sum(0, keepdim=True)
-        if sums is not None and need_tau:
-            grad_tau = sums[1].sum(0, keepdim=True)
-    return grad_a, grad_B, grad_v_threshold, grad_tau
-
-
-def down_backward_A(grad_a: Tensor, x: Tensor) -> Tensor:
-    """Gradient of the weight of `down`: `grad_A (r, in) = grad_a (N, r).T @ x (N, in)`, in the dtype of grad_a."""
-    with torch.cuda.device_of(x):
-        grad_A = torch.empty((grad_a.shape[1], x.shape[1]), dtype=grad_a.dtype, device=x.device)
-        _tokens_to_weight(x, grad_a, None, None, 1.0, grad_A.T)
-    return grad_A
-
-
-def add_down_backward_x_(grad_x: Tensor, grad_a: Tensor, A: Tensor) -> None:
-    """Add the gradient of the input of `down` in place: `grad_x (N, in) += grad_a (N, r) @ A (r, in)`."""
-    with torch.cuda.device_of(grad_x):
-        _expand_add_(grad_x, grad_a, A, None, None, 1.0)
+def _spans(length: int, block: int, programs: int) -> tuple[int, int]:
+    """Number of the spans that `length` is cut into where each takes `programs` of them, and their length in blocks."""
+    splits = max(1, min(_cdiv(PROGRAMS, max(programs, 1)), _cdiv(length, MIN_SPAN), MAX_SPANS))
+    span = max(1, _cdiv(_cdiv(length, splits), block))
+    return max(1, _cdiv(length, span * block)), span
