@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -308,6 +307,7 @@ def check_keeps_no_activation_that_nobody_needs(backend):
 def launches(request, monkeypatch):
     """Launches of kernels as `(arguments, compiled kernel)`, compiled for that architecture and not run."""
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -326,8 +326,11 @@ def launches(request, monkeypatch):
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = compile_and_run(self, *args, grid=grid, warmup=True, **kwargs)
         launched.append((dict(zip(self.arg_names, args, strict=False)), kernel))
+        return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(CompiledKernel, "run", None)  # what loads a kernel onto a GPU
+    monkeypatch.setattr(importlib.import_module("spikelora.ops.triton_backend"), "_compiled", {})
     driver.set_active(Driver())
     return launched
 
@@ -368,7 +371,6 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
 def compile_once_and_start_again(launches, monkeypatch):
     """What was compiled is started directly, with the arguments and the grid of Triton's own way in."""
     backend = importlib.import_module("spikelora.ops.triton_backend")
-    monkeypatch.setattr(backend, "_compiled", {})
     x, A, y, B, *neuron, grad_y, grad_x = operands(BF16, F32, 70, 64, 96, 8)
     # At the start of their memory, as `laid_out` puts them a row behind it.
     x, A, y, B, grad_y, grad_x = (t.clone() for t in (x, A, y, B, grad_y, grad_x))
@@ -382,8 +384,7 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(first) == len(backend._compiled) == 5
     started = []
     for key in backend._compiled:
-        kept = SimpleNamespace(run=lambda *args: started.append(args), function="function", packed_metadata="packed")
-        backend._compiled[key] = kept
+        backend._compiled[key] = (lambda *args: started.append(args), "function", "packed")
     step()
     assert len(launches) == 5
     for call, expected in zip(started, first, strict=True):

@@ -9,6 +9,7 @@ Three kernels over tokens N, features M and ranks r, two of them for a forward a
 Sums are added in a fixed order and nothing is added atomically, so that training can be repeated to the bit.
 """
 
+import functools
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -270,13 +271,11 @@ def adapter_backward(
 def _partial_sums(x: Tensor, W: Tensor) -> Tensor:
     """Partial sums `(splits, N, r)` in float32 of `x (N, M) @ W (r, M).T`."""
     (n_tokens, n_features), rank = x.shape, W.shape[0]
-    block_n, block_r = _blocks(n_tokens, rank)
-    programs = _cdiv(n_tokens, block_n) * _cdiv(rank, block_r)
-    splits, span = _spans(n_features, BLOCK, programs)
-    partials = torch.empty((splits, n_tokens, rank), dtype=torch.float32, device=x.device)
+    grid, span, constants = _features_by_spans(n_tokens, n_features, rank, x.dtype, W.dtype)
+    partials = torch.empty((grid[1], n_tokens, rank), dtype=torch.float32, device=x.device)
     _start(
-        _contract_features, (programs, splits), (x, W, partials), (*x.stride(), *W.stride(), n_features, rank),
-        (n_tokens, span), (block_n, BLOCK, block_r, _precision(x, W)),
+        _contract_features, grid, (x, W, partials), (*x.stride(), *W.stride(), n_features, rank), (n_tokens, span),
+        constants, (x.dtype, W.dtype),
     )  # fmt: skip
     return partials
 
@@ -287,12 +286,12 @@ def _expand_add_(
 ) -> None:  # fmt: skip
     """`y (N, M) += scaling * c @ W (r, M)` in place, `c` as `_expand_add` makes it: backward where `a` is given."""
     (n_tokens, n_features), (splits, _, rank) = y.shape, partials.shape
-    block_n, block_r = _blocks(n_tokens, rank)
+    grid, constants = _tokens_by_features(n_tokens, n_features, rank, a is not None, W.dtype)
     _start(
-        _expand_add, (_cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))),
-        (y, partials, out, a, W, v_threshold, tau, sums), (*y.stride(), *W.stride(), n_features, rank),
-        (n_tokens, splits, float(scale), float(scaling), float(surrogate_alpha)),
-        (a is not None, block_n, WIDE_BLOCK, block_r, _precision(W, W)),
+        _expand_add, grid, (y, partials, out, a, W, v_threshold, tau, sums),
+        (*y.stride(), *W.stride(), n_features, rank),
+        (n_tokens, splits, float(scale), float(scaling), float(surrogate_alpha)), constants,
+        (y.dtype, W.dtype, out is None, sums is None),
         num_stages=1,  # most ranks are one block: there is nothing to load ahead
     )  # fmt: skip
 
@@ -303,22 +302,20 @@ def _token_sums(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """`grad_A (r, in)` where x is given, and `grad_B (out, r)` if needed."""
     (n_tokens, out_features), rank = grad_y.shape, a.shape[1]
-    in_features = 0 if x is None else x.shape[1]
-    block_n, block_r = _blocks(n_tokens, rank)
-    programs = (_cdiv(in_features, BLOCK) + _cdiv(out_features if need_B else 0, BLOCK)) * _cdiv(rank, block_r)
-    splits, span = _spans(n_tokens, block_n, programs)
-    # What is split is added up by torch, in float32.
-    dtype = a.dtype if splits == 1 else torch.float32
-    A = B = None
+    (in_features, x_dtype, strides) = (0, a.dtype, (0, 0)) if x is None else (x.shape[1], x.dtype, x.stride())
+    columns = in_features, out_features if need_B else 0
+    grid, span, constants = _tokens_by_spans(n_tokens, columns, rank, x_dtype, grad_y.dtype, a.dtype)
+    splits, A, B = grid[1], None, None
+    dtype = a.dtype if splits == 1 else torch.float32  # what is split is added up by torch
     if x is not None:
         A = torch.empty((splits, rank, in_features), dtype=dtype, device=a.device)
     if need_B:
         B = torch.empty((splits, out_features, rank), dtype=dtype, device=a.device)
-    strides = (*((0, 0) if x is None else x.stride()), *grad_y.stride())
     _start(
-        _contract_tokens, (programs, splits), (x, grad_a, A, grad_y, a, B, v_threshold, tau),
-        (*strides, in_features, out_features, rank), (n_tokens, span, float(scale), float(scaling)),
-        (block_n, BLOCK, block_r, _precision(a if x is None else x, a), _precision(grad_y, a)),
+        _contract_tokens, grid, (x, grad_a, A, grad_y, a, B, v_threshold, tau),
+        (*strides, *grad_y.stride(), in_features, out_features, rank),
+        (n_tokens, span, float(scale), float(scaling)), constants,
+        (x_dtype, grad_y.dtype, a.dtype, dtype, A is None, B is None, grad_a is None),
     )  # fmt: skip
     if splits == 1:
         return None if A is None else A[0], None if B is None else B[0]
@@ -330,31 +327,38 @@ _compiled: dict[tuple, Any] = {}
 
 def _start(
     kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], numbers: tuple,
-    constants: tuple, **options: int,
+    constants: tuple, kinds: tuple, **options: int,
 ) -> None:  # fmt: skip
     """Launch a kernel on the current device.
 
     Triton's own way in looks at every argument to find what it has compiled, which takes longer than most kernels run.
-    Here that is kept by all that it depends on: the dtypes, the sizes, for which a kernel is specialised, and the
-    constants; not the `numbers`, whose types are always the same. Pointers that are not aligned to 16 bytes, which are
-    rare, go Triton's way.
+    Here that is kept by all that it depends on: the `sizes`, for which a kernel is specialised, the constants, and the
+    `kinds` of the tensors, which are their dtypes and which of them are None; not the `numbers`, whose types are always
+    the same. Pointers that are not aligned to 16 bytes, which are rare, go Triton's way.
     """
     if not isinstance(kernel, triton.JITFunction):  # but interpreted
         kernel[grid](*tensors, *sizes, *numbers, *constants)
         return
-    device = driver.active.get_current_device()
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    aligned = not any(pointer is not None and pointer % 16 for pointer in pointers)
-    key = (kernel.fn, device, sizes, constants, *[None if t is None else t.dtype for t in tensors])
-    found = _compiled.get(key) if aligned else None
-    if found is not None:
-        stream = driver.active.get_current_stream(device)
-        arguments = (*pointers, *sizes, *numbers, *constants)
-        found.run(*grid, 1, stream, found.function, found.packed_metadata, None, None, None, *arguments)
+    pointers: list[int | None] = []
+    bits, device = 0, -1
+    for tensor in tensors:
+        if tensor is None:
+            pointers.append(None)
+        else:
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer
+            device = tensor.get_device()
+    key = (kernel.fn, device, sizes, constants, kinds)
+    found = None if bits % 16 else _compiled.get(key)
+    if found is None:
+        made = kernel[grid](*tensors, *sizes, *numbers, *constants, **options)
+        if not bits % 16:
+            _compiled[key] = made.run, made.function, made.packed_metadata
         return
-    found = kernel[grid](*tensors, *sizes, *numbers, *constants, **options)
-    if aligned:
-        _compiled[key] = found
+    run, function, metadata = found
+    stream = driver.active.get_current_stream(device)
+    run(*grid, 1, stream, function, metadata, None, None, None, *pointers, *sizes, *numbers, *constants)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager:
@@ -362,13 +366,43 @@ def _on_device_of(x: Tensor) -> AbstractContextManager:
     return nullcontext() if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
-def _precision(left: Tensor, right: Tensor) -> str:
-    """How `tl.dot` takes float32 tiles that were loaded from `left` and `right`, so that it loses next to nothing.
+# How a launch is cut into programs, and its constants, by its sizes. Few of them are met again and again.
+@functools.lru_cache(maxsize=4096)
+def _features_by_spans(
+    n_tokens: int, n_features: int, rank: int, left: torch.dtype, right: torch.dtype
+) -> tuple[tuple[int, int], int, tuple]:
+    block_n, block_r = _blocks(n_tokens, rank)
+    programs = _cdiv(n_tokens, block_n) * _cdiv(rank, block_r)
+    splits, span = _spans(n_features, BLOCK, programs)
+    return (programs, splits), span, (block_n, BLOCK, block_r, _precision(left, right))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_by_features(
+    n_tokens: int, n_features: int, rank: int, backward: bool, dtype: torch.dtype
+) -> tuple[tuple[int, int], tuple]:
+    block_n, block_r = _blocks(n_tokens, rank)
+    grid = _cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))  # without features, `out` is made still
+    return grid, (backward, block_n, WIDE_BLOCK, block_r, _precision(dtype, dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _tokens_by_spans(
+    n_tokens: int, columns: tuple[int, int], rank: int, x: torch.dtype, y: torch.dtype, a: torch.dtype
+) -> tuple[tuple[int, int], int, tuple]:
+    block_n, block_r = _blocks(n_tokens, rank)
+    programs = (_cdiv(columns[0], BLOCK) + _cdiv(columns[1], BLOCK)) * _cdiv(rank, block_r)
+    splits, span = _spans(n_tokens, block_n, programs)
+    return (programs, splits), span, (block_n, BLOCK, block_r, _precision(x, a), _precision(y, a))
+
+
+def _precision(left: torch.dtype, right: torch.dtype) -> str:
+    """How `tl.dot` takes float32 tiles that were loaded from such tensors, so that it loses next to nothing.
 
     The host hands it over, as triton 3.6 takes no string back from a jitted function.
     """
     # Three products of TF32 parts are nearly float32, and on tensor cores; one TF32 holds any float16 or bfloat16.
-    return "tf32x3" if torch.float32 in (left.dtype, right.dtype) else "tf32"
+    return "tf32x3" if torch.float32 in (left, right) else "tf32"
 
 
 def _cdiv(size: int, block: int) -> int:
