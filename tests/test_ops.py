@@ -1,6 +1,7 @@
 """The fast functions of the gated layer against the oracle, by value: outputs and all gradients."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -419,13 +420,22 @@ def assert_all_equal(actual, expected):
 
 
 def test_triton_is_asked_for_on_cuda_alone(monkeypatch):
-    monkeypatch.setattr(linear, "_has_triton", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(linear, "_triton_backend", lambda: pytest.fail("asked"))
     assert linear._backend(torch.ones(1), torch.ones(8, 4)) is torch_backend
 
 
-def test_what_triton_has_no_kernel_for_goes_through_torch(monkeypatch):
-    monkeypatch.setattr(linear, "_has_triton", lambda: True)
+@pytest.mark.parametrize(
+    ("dtype", "r", "works", "taken"),
+    [
+        (torch.float64, 8, True, False),
+        (torch.float32, 257, True, False),
+        (torch.float32, 256, False, False),
+        (torch.float32, 256, True, True),
+    ],
+)
+def test_what_triton_cannot_do_goes_through_torch(dtype, r, works, taken, monkeypatch):
+    kernels = SimpleNamespace(works=lambda device, T, P, rank: works and (device.type, T, rank) == ("cuda", dtype, r))
+    monkeypatch.setattr(linear, "_triton_backend", lambda: kernels)
     with FakeTensorMode():
-        for dtype, r in ((torch.float64, 8), (torch.float32, 257)):
-            y, A = torch.empty(3, 4, dtype=dtype, device="cuda"), torch.empty(r, 4, device="cuda")
-            assert linear._backend(y, A) is torch_backend
+        y, A = torch.empty(3, 4, dtype=dtype, device="cuda"), torch.empty(r, 4, device="cuda")
+        assert linear._backend(y, A) is (kernels if taken else torch_backend)

@@ -329,7 +329,8 @@ def launches(request, monkeypatch):
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(CompiledKernel, "run", None)  # what loads a kernel onto a GPU
+    # What would load a kernel onto a GPU.
+    monkeypatch.setattr(CompiledKernel, "run", lambda *args: None)
     monkeypatch.setattr(importlib.import_module("spikelora.ops.triton_backend"), "_compiled", {})
     driver.set_active(Driver())
     return launched
@@ -404,18 +405,42 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(launches) == 7
 
 
-def compile_and_start(launches):
-    assert importlib.import_module("spikelora.ops.triton_backend").can_start()
+@pytest.mark.parametrize("rank", [1, 8, 256])
+def compile_and_work(launches, rank):
+    backend = importlib.import_module("spikelora.ops.triton_backend")
+    assert backend.works.__wrapped__(torch.device("cpu"), BF16, F32, rank)
+    assert len(launches) == 5
 
 
 def compile_nothing_where_triton_cannot_start(monkeypatch):
     from triton.runtime import driver
 
     class Driver:
-        def get_current_target(self):
+        def get_current_device(self):  # which compiles a part of Triton
             raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(driver, "_active", Driver())
     backend = importlib.import_module("spikelora.ops.triton_backend")
-    with pytest.warns(RuntimeWarning, match="take plain torch, which is slower: Failed to find C compiler"):
-        assert not backend.can_start()
+    with pytest.warns(RuntimeWarning, match="take plain torch, which is slower .*: Failed to find C compiler"):
+        assert not backend.works.__wrapped__(torch.device("cpu"), F32, F32, 8)
+
+
+@pytest.mark.parametrize("kernel", ["_contract_features", "_expand_add", "_contract_tokens"])
+def compile_nothing_where_a_kernel_needs_too_much(launches, kernel, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    backend = importlib.import_module("spikelora.ops.triton_backend")
+    run = type(getattr(backend, kernel)).run
+
+    def out_of_resources(self, *args, **kwargs):
+        if self is getattr(backend, kernel):
+            raise OutOfResources(300000, SHARED_MEMORY, "shared memory")
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(getattr(backend, kernel)), "run", out_of_resources)
+    with pytest.warns(RuntimeWarning, match="do not run on cpu for torch.bfloat16 at rank 8.*shared memory"):
+        assert not backend.works.__wrapped__(torch.device("cpu"), BF16, F32, 8)
+
+
+def check_works(backend):
+    assert backend.works.__wrapped__(torch.device("cpu"), BF16, F32, 8)

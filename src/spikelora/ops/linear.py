@@ -226,19 +226,16 @@ def _kept(dropout: float) -> float:
 
 def _backend(y: Tensor, A: Tensor) -> ModuleType:
     """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own."""
-    if not y.is_cuda or torch.compiler.is_compiling() or not _has_triton():
+    if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
         return torch_backend
-    if y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
-        return torch_backend
-    from spikelora.ops import triton_backend
-
-    return triton_backend
+    kernels = _triton_backend()
+    return kernels if kernels is not None and kernels.works(y.device, y.dtype, A.dtype, A.shape[0]) else torch_backend
 
 
 @functools.cache
-def _has_triton() -> bool:
+def _triton_backend() -> ModuleType | None:
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
+        return None
     from spikelora.ops import triton_backend
 
-    return triton_backend.can_start()
+    return triton_backend

@@ -31,14 +31,24 @@ MIN_SPAN = 256
 MAX_SPANS = 16
 
 
-def can_start() -> bool:
-    """Whether Triton can start here; where it cannot, a warning says why."""
+@functools.cache
+def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> bool:
+    """Whether the kernels compile and start on a device, tried once for such a layer; where not, a warning says why."""
+    n_tokens, features = BLOCK + 1, 2 * BLOCK
     try:
-        driver.active.get_current_target()  # compiles a part of Triton, for which many an image has no compiler
-    except Exception as error:
+        with torch.no_grad():
+            x, y = (torch.zeros(n_tokens, features, dtype=dtype, device=device) for _ in range(2))
+            A = torch.zeros(rank, features, dtype=adapter_dtype, device=device)
+            B = torch.zeros(features, rank, dtype=adapter_dtype, device=device)
+            v_threshold = tau = torch.ones(1, device=device)
+            a = add_adapter_(y, x, A, B, v_threshold, tau, 1.0, 1.0, True)
+            assert a is not None
+            adapter_backward(y, x, x, a, A, B, v_threshold, tau, 1.0, 1.0, 1.0, (True,) * 4)
+    except Exception as error:  # of Triton, its compiler or the driver, which have no common class
         warnings.warn(
-            f"Triton cannot start, so that adapters take plain torch, which is slower: {error}. It needs a C compiler "
-            "(`CC`, or gcc on the path) and Python's headers.",
+            f"Triton's kernels do not run on {device} for {dtype} at rank {rank}, so that adapters take plain torch, "
+            f"which is slower ({type(error).__name__}: {error}). They need a GPU of compute capability 8.0 or newer, a "
+            "C compiler (`CC`, or gcc on the path) and Python's headers.",
             RuntimeWarning,
             stacklevel=2,
         )
