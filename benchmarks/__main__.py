@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from spikelora import SpikeLoraError
 
-from . import events, import_time, one_layer, sparsity, whole_model
+from . import events, host, import_time, one_layer, sparsity, whole_model
 from .check import CheckError
 from .goals import goals, judge
 from .plot import plot
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "sparsity": sparsity,
     "events": events,
     "one_layer": one_layer,
+    "host": host,
     "import_time": import_time,
 }
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,7 @@ from .events import break_even
 from .models import BASE, LORA, METHODS, OURS
 from .one_layer import PLAIN
 
-LEFT = {"model", "dtype", "method", "goal", "", "note", "what"}
+LEFT = {"model", "dtype", "method", "goal", "", "note", "what", "what runs"}
 CELL = ["style", "hidden", "layers", "r", "dtype", "batch", "length"]
 
 
@@ -182,6 +182,17 @@ def _events(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {few: lines, "Share of firing tokens up to which skipping pays": pd.DataFrame(even)}
 
 
+def _host(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    lines = []
+    for values, group in table.groupby(["way", "dtype", "quantity"], sort=False):
+        rows = group.set_index("method")
+        line = dict(zip(("what runs", "dtype", "what"), values, strict=True))
+        for name in (BASE, LORA, OURS):
+            line[name] = f"{rows.loc[name, 'launches']} / {rows.loc[name, 'seconds'] * 1e6:.0f}"
+        lines.append(line | {"time / LoRA's": _with_quartiles(rows.loc[OURS], "to_lora")})
+    return {"The host's part of one layer, one token: launches / microseconds": pd.DataFrame(lines)}
+
+
 def _import_time(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     milliseconds = table.apply(_with_quartiles, axis=1, args=("milliseconds", 1.0, 0))
     return {"Import, fresh processes": pd.DataFrame({"what": table["what"], "ms": milliseconds})}
@@ -206,5 +217,6 @@ SHOWN = {
     "one_layer": _one_layer,
     "sparsity": _sparsity,
     "events": _events,
+    "host": _host,
     "import_time": _import_time,
 }

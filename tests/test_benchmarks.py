@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from benchmarks import check, events, goals, measure, models, sparsity, whole_model
+from benchmarks import check, events, goals, host, measure, models, sparsity, whole_model
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.report import show
 from rich.console import Console
 
-from spikelora.ops import torch_backend
+from spikelora.ops import torch_backend, triton_backend
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -28,6 +28,7 @@ COLUMNS = {
     "events": {"tokens", "width", "r", "firing_tokens", "dense_seconds", "event_driven_seconds", "to_dense"}
     | {"max_firing", "min_elements"},
     "one_layer": {"tokens", "width", "r", "quantity", "method", "seconds", "to_lora", "overhead_share", "error"},
+    "host": {"way", "dtype", "quantity", "method", "launches", "seconds", "to_lora", "overhead_share"},
     "import_time": {"what", "rounds", "milliseconds", "milliseconds_q25", "milliseconds_q75"},
 }
 
@@ -229,3 +230,32 @@ def test_a_quick_run(tmp_path):
         "Goals",
     ):
         assert title in result.stdout
+
+
+class TestHost:
+    """The launches of one layer, by hand: LoRA's five, and seven with a bfloat16 base, are its products and casts."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "lora", "ours"),
+        [
+            # base, two products, scaling, sum; ours without the scaling, or as the base and two kernels
+            (torch.float32, (5, 5, 12), {host.CPU: (4, 4, 16), host.KERNELS: (3, 3, 7)}),
+            # and the casts of x and of the sum
+            (torch.bfloat16, (7, 7, 17), {host.CPU: (6, 6, None), host.KERNELS: (3, 3, 7)}),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("way", [host.CPU, host.KERNELS])
+    def test_launches(self, dtype, lora, ours, way):
+        counted = host.launches(way, dtype)
+        for quantity, of_lora, of_ours in zip((host.INFERENCE, host.FORWARD, host.STEP), lora, ours[way], strict=True):
+            assert counted[quantity][models.LORA] == of_lora
+            # The products of bfloat16 in the backward go in parts that depend on the CPU.
+            assert of_ours is None or counted[quantity][models.OURS] == of_ours
+
+    def test_kernels_are_not_started_and_come_back(self):
+        kept = triton_backend._compiled, triton_backend.driver
+        with host.as_on(host.KERNELS) as started:
+            host.calls_of(torch.float32)[host.INFERENCE][models.OURS]()
+        assert len(started) == 2
+        assert kept == (triton_backend._compiled, triton_backend.driver)

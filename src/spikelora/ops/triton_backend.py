@@ -233,9 +233,9 @@ def add_adapter_(
     `a / tau >= v_threshold`, compared in float32, and 0 elsewhere.
     """
     with _on_device_of(y):
-        a = torch.empty((x.shape[0], A.shape[0]), dtype=A.dtype, device=x.device) if need_a else None
-        partials = _partial_sums(x, A)
-        _expand_add_(y, partials, a, None, B.T, v_threshold, tau, None, scale, scaling, 0.0)
+        a = A.new_empty((x.shape[0], A.shape[0])) if need_a else None
+        partials = _partial_sums(x, A, A.shape[0], A.stride())
+        _expand_add_(y, partials, a, None, B, B.stride()[::-1], v_threshold, tau, None, scale, scaling, 0.0)
     return a
 
 
@@ -256,50 +256,48 @@ def adapter_backward(
         grad_tau (1,)          = -sum(grad_v * a / tau ** 2)
     """
     need_A, need_B, need_v_threshold, need_tau = needs
+    grad_A = grad_B = grad_a = sums = None
     a = a.contiguous()
-    grad_A = grad_B = sums = None
     with _on_device_of(grad_y):
         if need_v_threshold or need_tau:
             blocks = [_cdiv(size, block) for size, block in zip(a.shape, _blocks(*a.shape), strict=True)]
-            sums = torch.empty((2, blocks[0] * blocks[1]), dtype=torch.float32, device=a.device)
-        grad_a = None
+            sums = v_threshold.new_empty((2, blocks[0] * blocks[1]))
         if need_A or grad_x is not None or sums is not None:
-            grad_a = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-            nowhere = grad_a[:, :0]  # the product of which nobody needs the sum
-            y = nowhere if grad_x is None else grad_x
-            partials = _partial_sums(grad_y, B.T)
-            W = A[:, :0] if grad_x is None else A
-            _expand_add_(y, partials, grad_a, a, W, v_threshold, tau, sums, scaling, scale, surrogate_alpha)
+            grad_a = a.new_empty(a.shape)
+            partials = _partial_sums(grad_y, B, B.shape[1], B.stride()[::-1])
+            y = grad_a[:, :0] if grad_x is None else grad_x  # where nobody needs the product, one without columns
+            _expand_add_(y, partials, grad_a, a, A, A.stride(), v_threshold, tau, sums, scaling, scale, surrogate_alpha)
         if need_A or need_B:
             x = x if need_A else None
             grad_A, grad_B = _token_sums(x, grad_a, grad_y, a, need_B, v_threshold, tau, scale, scaling)
-    grad_v_threshold = sums[0].sum().view(1) if sums is not None and need_v_threshold else None
-    grad_tau = sums[1].sum().view(1) if sums is not None and need_tau else None
-    return grad_A, grad_B, grad_v_threshold, grad_tau
+    if sums is None:
+        return grad_A, grad_B, None, None
+    totals = sums.sum(1, keepdim=True)
+    return grad_A, grad_B, totals[0] if need_v_threshold else None, totals[1] if need_tau else None
 
 
-def _partial_sums(x: Tensor, W: Tensor) -> Tensor:
-    """Partial sums `(splits, N, r)` in float32 of `x (N, M) @ W (r, M).T`."""
-    (n_tokens, n_features), rank = x.shape, W.shape[0]
+def _partial_sums(x: Tensor, W: Tensor, rank: int, w_strides: tuple[int, ...]) -> Tensor:
+    """Partial sums `(splits, N, r)` in float32 of `x (N, M) @ W (r, M).T`, W by its strides in that order."""
+    n_tokens, n_features = x.shape
     grid, span, constants = _features_by_spans(n_tokens, n_features, rank, x.dtype, W.dtype)
-    partials = torch.empty((grid[1], n_tokens, rank), dtype=torch.float32, device=x.device)
+    partials = x.new_empty((grid[1], n_tokens, rank), dtype=torch.float32)
     _start(
-        _contract_features, grid, (x, W, partials), (*x.stride(), *W.stride(), n_features, rank), (n_tokens, span),
+        _contract_features, grid, (x, W, partials), (*x.stride(), *w_strides, n_features, rank), (n_tokens, span),
         constants, (x.dtype, W.dtype),
     )  # fmt: skip
     return partials
 
 
 def _expand_add_(
-    y: Tensor, partials: Tensor, out: Tensor | None, a: Tensor | None, W: Tensor, v_threshold: Tensor, tau: Tensor,
-    sums: Tensor | None, scale: float, scaling: float, surrogate_alpha: float,
+    y: Tensor, partials: Tensor, out: Tensor | None, a: Tensor | None, W: Tensor, w_strides: tuple[int, ...],
+    v_threshold: Tensor, tau: Tensor, sums: Tensor | None, scale: float, scaling: float, surrogate_alpha: float,
 ) -> None:  # fmt: skip
     """`y (N, M) += scaling * c @ W (r, M)` in place, `c` as `_expand_add` makes it: backward where `a` is given."""
     (n_tokens, n_features), (splits, _, rank) = y.shape, partials.shape
     grid, constants = _tokens_by_features(n_tokens, n_features, rank, a is not None, W.dtype)
     _start(
         _expand_add, grid, (y, partials, out, a, W, v_threshold, tau, sums),
-        (*y.stride(), *W.stride(), n_features, rank),
+        (*y.stride(), *w_strides, n_features, rank),
         (n_tokens, splits, float(scale), float(scaling), float(surrogate_alpha)), constants,
         (y.dtype, W.dtype, out is None, sums is None),
         num_stages=1,  # most ranks are one block: there is nothing to load ahead
@@ -315,21 +313,20 @@ def _token_sums(
     (in_features, x_dtype, strides) = (0, a.dtype, (0, 0)) if x is None else (x.shape[1], x.dtype, x.stride())
     columns = in_features, out_features if need_B else 0
     grid, span, constants = _tokens_by_spans(n_tokens, columns, rank, x_dtype, grad_y.dtype, a.dtype)
-    splits, A, B = grid[1], None, None
-    dtype = a.dtype if splits == 1 else torch.float32  # what is split is added up by torch
-    if x is not None:
-        A = torch.empty((splits, rank, in_features), dtype=dtype, device=a.device)
-    if need_B:
-        B = torch.empty((splits, out_features, rank), dtype=dtype, device=a.device)
+    # What is split is added up by torch, in float32.
+    dtype, splits = (a.dtype, ()) if grid[1] == 1 else (torch.float32, (grid[1],))
+    A = a.new_empty((*splits, rank, in_features), dtype=dtype) if x is not None else None
+    B = a.new_empty((*splits, out_features, rank), dtype=dtype) if need_B else None
     _start(
         _contract_tokens, grid, (x, grad_a, A, grad_y, a, B, v_threshold, tau),
         (*strides, *grad_y.stride(), in_features, out_features, rank),
         (n_tokens, span, float(scale), float(scaling)), constants,
         (x_dtype, grad_y.dtype, a.dtype, dtype, A is None, B is None, grad_a is None),
     )  # fmt: skip
-    if splits == 1:
-        return None if A is None else A[0], None if B is None else B[0]
-    return None if A is None else A.sum(0).to(a.dtype), None if B is None else B.sum(0).to(a.dtype)
+    if splits:
+        A = None if A is None else A.sum(0).to(a.dtype)
+        B = None if B is None else B.sum(0).to(a.dtype)
+    return A, B
 
 
 _compiled: dict[tuple, Any] = {}
