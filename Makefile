@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench study compatibility quantised versions conformance wheel clean
+.PHONY: finetune test quality format bench gpu study compatibility quantised versions conformance wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -24,6 +24,10 @@ format: $(READY)
 
 bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# For a machine with a GPU and a Python that has torch, triton, transformers and PEFT, or finds them in the folder DEPS.
+gpu:  ## what has to be seen on a GPU, in 8 minutes: values, then times; ARGS=--dry runs every line on a CPU
+	PYTHONPATH=src:$(DEPS) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real studies: experiments/README.md
 	$(BIN)/python -m experiments run reduced --workers 2 --results outputs/study

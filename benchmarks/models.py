@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
-from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
@@ -34,6 +33,8 @@ class SpikingjellyVariant(LoraVariant):
 
 def add_spikingjelly(layer: LoraLinear, v_threshold: float = V_THRESHOLD) -> None:
     """Make one layer of PEFT's LoRA a layer of the transcription."""
+    from spikingjelly.activation_based import neuron, surrogate  # which `make gpu` does without
+
     layer.neuron = neuron.LIFNode(
         tau=TAU,
         v_threshold=v_threshold,
@@ -114,6 +115,8 @@ class Method:
 
     def reset(self) -> None:
         if self.name == TRANSCRIPTION:
+            from spikingjelly.activation_based import functional
+
             functional.reset_net(self.model)
 
 

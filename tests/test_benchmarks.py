@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from benchmarks import check, events, goals, host, measure, models, sparsity, whole_model
+from benchmarks import check, events, goals, gpu, host, measure, models, sparsity, whole_model
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.report import show
 from rich.console import Console
@@ -30,6 +30,12 @@ COLUMNS = {
     "one_layer": {"tokens", "width", "r", "quantity", "method", "seconds", "to_lora", "overhead_share", "error"},
     "host": {"way", "dtype", "quantity", "method", "launches", "seconds", "to_lora", "overhead_share"},
     "import_time": {"what", "rounds", "milliseconds", "milliseconds_q25", "milliseconds_q75"},
+}
+GPU_TABLES = {
+    "checks": {"what", "error", "limit"},
+    "times": {"style", "hidden", "quantity", "to_lora", "q25", "q75", "overhead", "goal", "met"},
+    "launches": {"method", "launches", "host_ms"},
+    "training": {"method", "steps", "before", "after", "seconds"},
 }
 
 
@@ -259,3 +265,46 @@ class TestHost:
             host.calls_of(torch.float32)[host.INFERENCE][models.OURS]()
         assert len(started) == 2
         assert kept == (triton_backend._compiled, triton_backend.driver)
+
+
+class TestGpu:
+    """`make gpu`, as far as a machine without a GPU can show it."""
+
+    def test_a_dry_run(self, tmp_path):
+        command = [sys.executable, "-W", "error", "-m", "benchmarks.gpu", "--dry", "--output", str(tmp_path)]
+        result = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        assert {path.name for path in tmp_path.iterdir()} == {f"gpu_{name}.csv" for name in GPU_TABLES}
+        for name, columns in GPU_TABLES.items():
+            table = pd.read_csv(tmp_path / f"gpu_{name}.csv")
+            assert len(table)
+            assert columns | {"device", "python", "versions", "date"} <= set(table.columns)
+        training = pd.read_csv(tmp_path / "gpu_training.csv")
+        assert (training["after"] < training["before"]).all()
+        assert "met" not in result.stdout.split()  # nothing is judged
+
+    def test_a_wrong_value_ends_it(self, monkeypatch, tmp_path, capsys):
+        add_up_ = torch_backend.add_up_
+        monkeypatch.setattr(torch_backend, "add_up_", lambda *args: add_up_(*args[:-1], 1.01 * args[-1]))
+        assert gpu.main(["--dry", "--output", str(tmp_path)]) == 1
+        output = capsys.readouterr()
+        assert "A result is wrong: float32 base, float32 adapter, r 8: relative error" in output.err
+        assert "OPT" not in output.out  # nothing was timed
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_without_a_gpu_it_says_so(self, capsys):
+        assert gpu.main([]) == 2
+        assert "There is no CUDA GPU here" in capsys.readouterr().err
+
+    def test_it_needs_few_packages(self):
+        source = """
+import sys
+for name in ("pandas", "rich", "matplotlib", "spikingjelly", "datasets", "trl"):
+    sys.modules[name] = None
+import benchmarks.gpu
+print("imported")
+"""
+        result = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+        assert result.stdout == "imported\n", result.stderr
