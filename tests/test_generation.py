@@ -144,7 +144,7 @@ def test_continuous_batching():
 class TestPipelines:
     TEXT = "def gate(a):\n    return"
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(FOLDER)
 
