@@ -20,8 +20,12 @@ class Tolerance(NamedTuple):
 
 
 # Rounding turns a spike near its threshold now and then, and with it that token's part of a gradient. Where few tokens
-# fire, that is much of one gradient, but little of the others: the median is what shows a wrong factor. With a bfloat16
-# base all paths are about 0.1 away from float32.
+# fire, that is much of one gradient, but little of the others: the median is what shows a wrong factor.
+# A bfloat16 base rounds far more than the paths differ. On a CPU, for OPT- and Llama-style models of hidden sizes 64
+# and 256, three batches each: the plain path was 0.12 to 0.58 away from the same model in float64 in its worst result,
+# 0.05 to 0.40 in the median; the fused path was at most 0.065 and 0.03 away from the plain one. Of one layer both were
+# 0.003 away from float64, and 0.0023 from each other. So the limits leave room for the rounding of other products, and
+# need no more: a layer that is 0.25 off on some device has a spike turned, or is wrong.
 TOLERANCE = {torch.float32: Tolerance(2e-2, 1e-3), torch.bfloat16: Tolerance(0.25, 0.05)}
 
 

@@ -56,7 +56,9 @@ def threshold_for(sparsity: float, a: Tensor) -> Tensor:
     """Threshold `(1,)` that leaves the given share of the elements of `a` silent."""
     v = (a.float() / TAU).flatten().sort().values
     silent = round(sparsity * v.numel())
-    return v[silent].view(1).clone() if silent else v[0].view(1) - 1
+    # Between two elements: one that stood on the threshold would fire or not by the last bit of its sum, which two
+    # products may round differently. At 99 % of 1024 elements it is one of ten, and 0.256 of the gradient of B.
+    return v[silent - 1 : silent + 1].mean().view(1) if silent else v[0].view(1) - 1
 
 
 def _check_up(layer: nn.Module, a: Tensor, threshold: Tensor, like: Tensor) -> float:

@@ -87,6 +87,28 @@ def enable_checkpointing(model: nn.Module, use_reentrant: bool) -> None:
 
 
 @pytest.fixture
+def device() -> torch.device:
+    """Where trainers, `device_map="auto"` and PEFT's loaders put what nobody places: the GPU, if there is one.
+
+    Tests that take it are about devices, and run on both kinds of machine. They put their tensors on `model.device`.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _trainers_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `device` a test means the CPU: there its tensors are, and there two trainings agree to the bit."""
+    if "device" not in request.fixturenames:
+        prepare = TrainingArguments.__post_init__
+
+        def prepare_for_the_cpu(arguments: TrainingArguments) -> None:
+            arguments.use_cpu = True
+            prepare(arguments)
+
+        monkeypatch.setattr(TrainingArguments, "__post_init__", prepare_for_the_cpu)
+
+
+@pytest.fixture
 def opt() -> OPTForCausalLM:
     return tiny_opt()
 

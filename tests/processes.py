@@ -25,6 +25,7 @@ def in_processes(function: Callable[[Path], Any], folder: Path, *sizes: int) -> 
     what = [function.__module__, function.__name__, str(folder), *map(str, sizes)]
     command = [sys.executable, "-W", "ignore", __file__, *what]
     settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    settings |= {"CUDA_VISIBLE_DEVICES": ""}  # gloo is for CPUs, and a GPU that was started is lost in a fork
     # What this process finds, as a script of its own would not look in the folder that tests are started from.
     environment = os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)

@@ -132,7 +132,7 @@ NOTES = {
 
 
 def families(choose: Callable[[Family], object] = bool) -> pytest.MarkDecorator:
-    marked = (
+    marked = [
         pytest.param(
             family,
             id=name,
@@ -140,7 +140,7 @@ def families(choose: Callable[[Family], object] = bool) -> pytest.MarkDecorator:
         )
         for name, family in FAMILIES.items()
         if choose(family)
-    )
+    ]
     return pytest.mark.parametrize("family", marked)
 
 

@@ -189,11 +189,16 @@ def thresholds_of(folder):
     }
 
 
-def test_calibrate_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys):
+def load_where_the_command_does(base_folder, adapter):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, device_map="auto"), adapter)
+
+
+def test_calibrate_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys, device):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     arguments = ("--data", data, "--output", tmp_path / "new", "--target_sparsity", "0.8", "--batch_size", "5")
     assert status("calibrate", adapter, *arguments, "--max_batches", "2") == 0
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+    model = load_where_the_command_does(base_folder, adapter)
+    assert model.device.type == device.type
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     batches = [dict(tokenizer(TEXTS[n : n + 5], padding=True, return_tensors="pt")) for n in (0, 5)]
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
@@ -201,10 +206,10 @@ def test_calibrate_does_what_the_function_does(adapter, base_folder, data, tmp_p
     assert thresholds_of(tmp_path / "new") == pytest.approx(expected, rel=1e-6)
     output = capsys.readouterr().out
     assert all(name in output for name in expected)
-    calibrated = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "new")
+    calibrated = load_where_the_command_does(base_folder, tmp_path / "new")
     with SparsityMeter(calibrated) as meter:
         for batch in batches:
-            calibrated(**batch)
+            calibrated(**{name: tensor.to(device) for name, tensor in batch.items()})
     assert meter.report().sparsity == pytest.approx(0.8, abs=0.02)
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
 
@@ -259,7 +264,7 @@ def test_calibrate_refuses_tasks_that_need_more_than_text(adapter, data, tmp_pat
     assert message.startswith("An adapter for SEQ_2_SEQ_LM needs more than a text and the name of its base")
 
 
-def test_to_lora_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys):
+def test_to_lora_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys, device):
     file = adapter / "adapter_model.safetensors"
     torch.manual_seed(1)
     tensors = {name: torch.randn_like(t) if "lora_B" in name else t for name, t in load_file(file).items()}
@@ -267,14 +272,15 @@ def test_to_lora_does_what_the_function_does(adapter, base_folder, data, tmp_pat
     arguments = ("--data", data, "--output", tmp_path / "lora", "--batch_size", "12", "--cutoff_len", "6")
     assert status("to-lora", adapter, *arguments) == 0
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), adapter)
+    model = load_where_the_command_does(base_folder, adapter)
+    assert model.device.type == device.type
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=6, return_tensors="pt")
     expected = to_lora(model, [{name: batch[name] for name in ("input_ids", "attention_mask")}])
     saved = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert saved.keys() == expected.tensors.keys()
     for name, tensor in saved.items():
-        torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(tensor, expected.tensors[name].cpu(), rtol=1e-5, atol=1e-6)
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     printed = {row[0]: float(row[1]) for row in rows if row}

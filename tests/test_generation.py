@@ -144,7 +144,7 @@ def test_continuous_batching():
 class TestPipelines:
     TEXT = "def gate(a):\n    return"
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(FOLDER)
 
@@ -157,14 +157,15 @@ class TestPipelines:
         return pipeline("text-generation", model=model, tokenizer=tokenizer)(self.TEXT, **options)[0]["generated_text"]
 
     def by_hand(self, model, tokenizer):
-        tokens = tokenizer(self.TEXT, return_tensors="pt")
+        tokens = tokenizer(self.TEXT, return_tensors="pt").to(model.device)  # to which a pipeline may have moved it
         generated = model.generate(**tokens, max_new_tokens=12, do_sample=False)
         return tokenizer.decode(generated[0], skip_special_tokens=True)
 
     @works("Generation", "pipelines: text generation")
-    def test_a_peft_model(self, tokenizer):
+    def test_a_peft_model(self, tokenizer, device):
         model = self.model()
         written = self.write(model, tokenizer)
+        assert model.device.type == device.type
         assert written == self.by_hand(model, tokenizer)
         assert written != self.write(AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32), tokenizer)
 
@@ -189,10 +190,11 @@ class TestPipelines:
         base = OPTForSequenceClassification.from_pretrained(tmp_path / "base")
         model = PeftModel.from_pretrained(base, tmp_path / "adapter")
         scores = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)([self.TEXT])[0]
+        tokens = tokenizer(self.TEXT, return_tensors="pt").to(model.device)
         with torch.no_grad():
-            expected = model(**tokenizer(self.TEXT, return_tensors="pt")).logits[0].softmax(-1)
+            expected = model(**tokens).logits[0].softmax(-1).cpu()
             with model.disable_adapter():
-                without = model(**tokenizer(self.TEXT, return_tensors="pt")).logits[0].softmax(-1)
+                without = model(**tokens).logits[0].softmax(-1).cpu()
         by_label = torch.tensor([score["score"] for score in sorted(scores, key=lambda score: score["label"])])
         torch.testing.assert_close(by_label, expected)
         assert not torch.allclose(without, expected)

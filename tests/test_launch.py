@@ -1,4 +1,4 @@
-"""The example under `accelerate launch` with the configuration files beside it."""
+"""The example under `accelerate launch` with the configuration files beside it, on the CPU: two would need two GPUs."""
 
 import json
 import os
@@ -19,6 +19,7 @@ SCRIPT = FOLDER / "spikelora_finetuning.py"
 FLAGS = ["--max_steps=4", "--cutoff_len=32", "--val_set_size=8", "--save_step=2", "--eval_step=4", "--learn_threshold"]
 # The whole batch is the same, however many processes share it.
 ROWS = 8
+ON_THE_CPU = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # accelerate shards on accelerators only, see test_fsdp.
 SHARDED_ON_CPU = f"""
 import runpy, sys, torch
@@ -55,8 +56,8 @@ def launch(text, folder, configuration, script=SCRIPT, may_crash=True):
         f"--batch_size={ROWS // 2}",
         f"--output_dir={folder}",
     ]
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    environment = ON_THE_CPU | {"PYTHONFAULTHANDLER": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode and may_crash and crashed_by_itself(run.stderr):
         shutil.rmtree(folder, ignore_errors=True)
         return launch(text, folder, configuration, script, may_crash=False)
@@ -68,7 +69,7 @@ def launch(text, folder, configuration, script=SCRIPT, may_crash=True):
 def alone(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("alone")
     command = [sys.executable, str(SCRIPT), *FLAGS, text, f"--batch_size={ROWS}", f"--output_dir={folder}"]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, capture_output=True, env=ON_THE_CPU)
     return folder, json.loads((folder / "metrics.json").read_text())
 
 

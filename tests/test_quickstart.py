@@ -31,14 +31,14 @@ model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_
 model = PeftModel.from_pretrained(model, adapter).eval()
 saved = torch.load(expected)
 with torch.no_grad():
-    assert torch.equal(model(saved["tokens"]).logits, saved["logits"])
+    assert torch.equal(model(saved["tokens"].to(model.device)).logits.cpu(), saved["logits"])
 """
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
 @pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
-def test_quick_start(make_base, tmp_path):
+def test_quick_start(make_base, tmp_path, device):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     base = make_base()
     base.resize_token_embeddings(len(tokenizer))
@@ -56,12 +56,12 @@ def test_quick_start(make_base, tmp_path):
             max_steps=3,
             learning_rate=1e-2,
             report_to="none",
-            use_cpu=True,
             bf16=False,
         ),
         train_dataset=Dataset.from_dict({"text": ["The neuron fires at equality.", "def gate(a): return a"] * 8}),
         processing_class=tokenizer,
     )
+    assert model.device.type == device.type
     trainer.train()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert any("lora_B" in name for name in moved)
@@ -70,24 +70,27 @@ def test_quick_start(make_base, tmp_path):
     trainer.model.save_pretrained(tmp_path / "adapter")
     tokens = torch.arange(3, 31).view(2, 14)
     with torch.no_grad():
-        logits = trainer.model.eval()(tokens).logits
-    torch.save({"tokens": tokens, "logits": logits}, tmp_path / "expected.pt")
+        logits = trainer.model.eval()(tokens.to(device)).logits
+    torch.save({"tokens": tokens, "logits": logits.cpu()}, tmp_path / "expected.pt")
     command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
-def test_the_readme_s_code_runs(tmp_path, monkeypatch):
+def test_the_readme_s_code_runs(tmp_path, monkeypatch, device):
+    """On CUDA as it stands, trained under autocast in bfloat16; elsewhere with what the README adds on a CPU."""
     base = tiny_opt()
     base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(EMBEDDED_MODEL)))
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "base")
     readme = (EMBEDDED_MODEL.parents[2] / "README.md").read_text()
+    assert "# on a CPU: use_cpu=True, bf16=False" in readme
+    added = {"cpu": ", use_cpu=True, bf16=False", "cuda": ""}.get(device.type, ", bf16=False")
     for downloaded, local in {
         '"facebook/opt-350m"': repr(str(tmp_path / "base")),
         'load_dataset("stanfordnlp/imdb", split="train")': "rows",
-        "learning_rate=3e-4)": 'learning_rate=3e-4, max_steps=2, use_cpu=True, bf16=False, report_to="none")',
+        "learning_rate=3e-4)": f'learning_rate=3e-4, max_steps=2, report_to="none"{added})',
     }.items():
         assert downloaded in readme
         readme = readme.replace(downloaded, local)
@@ -97,9 +100,11 @@ def test_the_readme_s_code_runs(tmp_path, monkeypatch):
     exec(train, names)
     loaded = {}
     exec(load, loaded)
-    tokens = torch.arange(3, 31).view(2, 14)
+    tokens = torch.arange(3, 31).view(2, 14).to(device)
+    # Where the trainer trained under autocast, it has put that into the model's own forward.
+    trained = names["trainer"].accelerator.unwrap_model(names["model"], keep_fp32_wrapper=False).eval()
     with torch.no_grad():
-        assert torch.equal(loaded["model"](tokens).logits, names["model"].eval()(tokens).logits)
+        assert torch.equal(loaded["model"](tokens).logits, trained(tokens).logits)
     exec(measure, names)
     exec("trainer.train()", names)  # with what was added to it
     exec("calibrate_thresholds(model, batches, target_sparsity=0.9)", names)
