@@ -8,7 +8,7 @@ import torch
 from .import_time import DIFFERENCE
 from .models import OURS
 from .sparsity import UP
-from .whole_model import INFERENCE, TRAINING
+from .whole_model import DECODE, INFERENCE, TRAINING
 
 
 class Goal(NamedTuple):
@@ -50,15 +50,17 @@ def _on_cpu() -> list[Goal]:
 
 def _on_cuda() -> list[Goal]:
     goals = []
-    for style in ("OPT", "Llama"):
-        for hidden in (2048, 4096):
-            model = {"style": style, "hidden": hidden, "r": 8, "dtype": "bfloat16", "method": OURS}
-            training, name = model | {"quantity": TRAINING}, f"{style} {hidden}"
-            goals += [
-                Goal(f"{name}: training step / LoRA's", 0.90, "whole_model", "to_lora", training),
-                Goal(f"{name}: training step, overhead / LoRA's", 0.4, "whole_model", "overhead_share", training),
-                Goal(f"{name}: peak memory of a step / LoRA's", 0.85, "memory", "peak_to_lora", model),
-            ]
+    for style, hidden in (("OPT", 1024), ("OPT", 2048), ("Llama", 2048), ("OPT", 4096), ("Llama", 4096)):
+        model = {"style": style, "hidden": hidden, "r": 8, "dtype": "bfloat16", "method": OURS}
+        training, name = model | {"quantity": TRAINING}, f"{style} {hidden}"
+        inference, decode = model | {"quantity": INFERENCE}, model | {"quantity": DECODE}
+        goals += [
+            Goal(f"{name}: training step / LoRA's", 0.90, "whole_model", "to_lora", training),
+            Goal(f"{name}: training step, overhead / LoRA's", 0.5, "whole_model", "overhead_share", training),
+            Goal(f"{name}: inference / LoRA's", 0.95, "whole_model", "to_lora", inference),
+            Goal(f"{name}: decode / LoRA's", 1.00, "whole_model", "to_lora", decode),
+            Goal(f"{name}: peak memory of a step / LoRA's", 0.80, "memory", "peak_to_lora", model),
+        ]
     return goals
 
 
