@@ -370,6 +370,22 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
             assert "ld.global.b16" not in kernel.asm["ptx"], kernel.metadata.name
 
 
+@pytest.mark.parametrize("needed", ["A", "B", "neuron"])
+def compile_what_is_needed(launches, needed):
+    """What is None is known to the compiler, and what depends on it is left out of a kernel."""
+    backend = importlib.import_module("spikelora.ops.triton_backend")
+    x, A, y, B, *neuron, grad_y, grad_x = operands(BF16, F32, 20, 64, 96, 8)
+    assert backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, False) is None
+    a, needs = torch.zeros(20, 8), (needed == "A", needed == "B", needed == "neuron", needed == "neuron")
+    for of_x in (grad_x, None):
+        backend.adapter_backward(grad_y, of_x, x, a, A, B, *neuron, ALPHA, SCALE, SCALING, needs)
+
+    names = [kernel.metadata.name for _, kernel in launches]
+    assert names[:2] == ["_contract_features", "_expand_add"]
+    assert ("_contract_tokens" in names) == (needed != "neuron")
+    assert all(kernel.asm["cubin"] for _, kernel in launches)
+
+
 def compile_once_and_start_again(launches, monkeypatch):
     """What was compiled is started directly, with the arguments and the grid of Triton's own way in."""
     backend = importlib.import_module("spikelora.ops.triton_backend")
