@@ -230,7 +230,7 @@ def test_a_quick_run(on, tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert {path.stem for path in tmp_path.glob("*.csv")} == {*expected, "goals"}
-    assert {path.stem for path in tmp_path.glob("*.png")} == expected.keys() - {"memory", "import_time"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == expected.keys() - {"host", "memory", "import_time"}
     for name, columns in expected.items():
         table = pd.read_csv(tmp_path / f"{name}.csv")
         assert len(table)
