@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # One process for each core, each of one thread; a file's tests stay together, as they share what is slow to make.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 READY := .venv/.ready
 
 .PHONY: finetune test quality format bench gpu study compatibility quantised versions conformance wheel clean
@@ -37,8 +37,9 @@ study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real s
 # Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time. They use
 # what torch and Python deprecate.
 QUANTISED := build/quantised
-WITH_QUANTISED := PYTHONPATH=$(QUANTISED) $(TEST) -W ignore::DeprecationWarning
+WITH_QUANTISED = PYTHONPATH=$(QUANTISED) $(TEST) -W ignore::DeprecationWarning
 OLDEST := build/oldest
+ANOTHER := build/torch-$(TORCH)
 
 $(QUANTISED)/.ready: $(READY)
 	$(BIN)/python -m pip install --no-deps --target $(QUANTISED) bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 \
@@ -57,8 +58,20 @@ $(OLDEST)/.ready: $(READY)
 		certifi==2026.10.19.post1 httpcore==1.0.9 httpx==0.28.1
 	touch $@
 
-versions: $(OLDEST)/.ready  ## all tests with the oldest PEFT and transformers; writes docs/versions.json
-	PYTHONPATH=$(OLDEST) $(TEST) -p tests.compatibility
+# torch brings its own triton, whose interpreter (3.5 and 3.6) fails with NumPy 2.4.
+$(ANOTHER)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ANOTHER)
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(ANOTHER)/constraints.txt
+	echo 'torch==$(TORCH)\nnumpy<2.4' >> $(ANOTHER)/constraints.txt
+	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt torch
+	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt -e '.[example,experiments,report,dev]'
+	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt --no-deps spikingjelly
+	touch $@
+
+# All tests with the oldest PEFT and transformers, or with another torch: make versions TORCH=2.9.1 PYTHON=python3.13
+versions: BIN := $(if $(TORCH),$(ANOTHER)/bin,.venv/bin)
+versions: $(if $(TORCH),$(ANOTHER),$(OLDEST))/.ready  ## all tests with other versions; writes docs/versions.json
+	$(if $(TORCH),,PYTHONPATH=$(OLDEST)) $(TEST) -p tests.compatibility
 
 conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
 	$(BIN)/python -m tests.conformance $(ARGS)
