@@ -114,7 +114,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         if name in ("run", "list"):
             command.add_argument("--retry", action="store_true", help="failed runs as well")
         if name == "run":
-            command.add_argument("--workers", type=int, default=1, help="runs at once, one thread each")
+            command.add_argument(
+                "--workers", type=int, default=1, help="runs at once, one thread each; they share the GPUs"
+            )
             command.add_argument("--only", action="append", default=[], metavar="KEY", help="this run; may be repeated")
         if name == "plot":
             command.add_argument("--output", type=Path, default=page.PICTURES, help="folder of the pictures")

@@ -1,4 +1,7 @@
-"""Running what of a study is pending, one run or several at once, beside other processes on the same folder."""
+"""Running what of a study is pending, one run or several at once, beside other processes on the same folder.
+
+Several at once share the GPUs that are visible: a small model leaves most of one idle.
+"""
 
 import multiprocessing
 import os
@@ -9,8 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
@@ -65,11 +70,7 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
     if workers <= 1:
         yield from (run_one(run, store, retry, bar=True) for run in runs)
         return
-    # For the libraries that read it when they are imported, which one process does for all workers.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    pool = worker_pool(workers)
     try:
         for future in as_completed([pool.submit(run_one, run, store, retry) for run in runs]):
             yield future.result()
@@ -86,11 +87,35 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin_worker() -> None:
-    """Have a worker end when its parent does: else it would wait for ever, and hold its claim.
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each, which take the visible GPUs in turn."""
+    # For the libraries that read it when they are imported, which one process does for all workers.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # A process that has begun to use CUDA cannot be forked. Imports may ask whether there is a GPU, and by this
+    # variable torch answers without CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    gpus = context.SimpleQueue()
+    for n in range(workers if (visible := _visible_gpus()) else 0):
+        gpus.put(visible[n % len(visible)])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(gpus,))
+
+
+def _visible_gpus() -> list[str]:
+    """As `CUDA_VISIBLE_DEVICES` names them, which may be by UUID; without it by number."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(n) for n in range(count)]
+
+
+def _begin_worker(gpus: "SimpleQueue[str]") -> None:
+    """Have a worker see one GPU, and end when its parent does: else it would wait for ever, and hold its claim.
 
     An interruption from the keyboard reaches workers as well, which would go on: their parent ends them.
     """
+    if not gpus.empty():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is one of all processes, which a killed one would leave behind
 

@@ -587,6 +587,43 @@ class TestRunning:
         }
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(None, ["0", "0", "1", "1", "2"]), ("5,GPU-8c1f,3,0", ["3", "5", "5", "GPU-8c1f", "GPU-8c1f"])],
+)
+def test_workers_take_the_gpus_in_turn(named, expected, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "PYTORCH_NVML_BASED_CUDA_CHECK"):  # set by the pool, and put back
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    of_worker = {}
+    with runner.worker_pool(5) as pool:
+        while len(of_worker) < 5:  # as a fast one may take two of five
+            said = pool.map(subprocess.getoutput, ["echo $PPID $CUDA_VISIBLE_DEVICES; sleep 0.1"] * 5)
+            of_worker |= dict(line.split() for line in said)
+    assert sorted(of_worker.values()) == expected
+
+
+def test_what_workers_are_forked_from_does_not_begin_with_cuda():
+    code = (
+        "import torch\n"
+        "def begun(*_): raise SystemExit('CUDA was begun')\n"
+        # What a build of torch with CUDA has; imports of it are no use of it.
+        "def absent(name):\n"
+        "    if name.startswith(('_cuda', '_CUDA', '_Cuda')): return begun\n"
+        "    raise AttributeError(name)\n"
+        "torch._C.__getattr__ = absent\n"
+        "torch.cuda._device_count_nvml = lambda: 1\n"  # a GPU, as far as can be seen without CUDA
+        "torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = begun\n"
+        "assert torch.cuda.is_available()\n"
+        "import experiments.runner"
+    )
+    environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
 def run_together(folder: Path) -> int:
     return main(["run", str(folder.parent / "tiny.toml"), "--results", str(folder.parent / "results")])
 
