@@ -56,7 +56,7 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     if is_autocast(x):
         x, adapter = _as_autocast(x, adapter)
     if torch.is_grad_enabled():
-        y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter[:4], adapter[4:])
+        y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
     tokens = _tokens(x)
     y = _linear(tokens, weight, bias)
@@ -82,7 +82,7 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
     if torch.is_grad_enabled():
         # Autograd takes a detour for a view that a function changes; a compiler cannot trace such a function.
         in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
-        out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter[:4], adapter[4:])
+        out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter)
         return out
     out = y if in_place else y.clone(memory_format=torch.contiguous_format)
     _add_adapter_(_tokens(out), _tokens(x), adapter, need_a=False)
@@ -97,7 +97,7 @@ def is_autocast(x: Tensor) -> bool:
 
 class _SpikeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, v_threshold, tau, numbers):
+    def forward(ctx, x, weight, bias, A, B, v_threshold, tau, *numbers):
         tokens = _tokens(x)
         y = _linear(tokens, weight, bias)
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
@@ -109,7 +109,7 @@ class _SpikeLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        need_x, _, need_bias, *needs, _ = ctx.needs_input_grad
+        need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
         *saved, weight = ctx.saved_tensors
         with _without_autocast(grad_y):
             tokens = _tokens(grad_y)
@@ -118,12 +118,12 @@ class _SpikeLinear(torch.autograd.Function):
             grad_bias = tokens.sum(0) if need_bias else None
         if grad_x is not None and tokens is not grad_y:
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
-        return grad_x, None, grad_bias, *grads, None
+        return grad_x, None, grad_bias, *grads, None, None, None, None
 
 
 class _SpikeBranch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, in_place, x, A, B, v_threshold, tau, numbers):
+    def forward(ctx, y, in_place, x, A, B, v_threshold, tau, *numbers):
         if in_place:
             ctx.mark_dirty(y)
         else:
@@ -136,7 +136,7 @@ class _SpikeBranch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        _, _, need_x, *needs, _ = ctx.needs_input_grad
+        _, _, need_x, *needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
         with _without_autocast(grad_y):
             tokens, grad_x = _tokens(grad_y), None
@@ -145,7 +145,7 @@ class _SpikeBranch(torch.autograd.Function):
             grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
         if grad_x is not None and tokens is not grad_y:
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
-        return grad_y, None, grad_x, *grads, None
+        return grad_y, None, grad_x, *grads, None, None, None, None
 
 
 def _tokens(x: Tensor) -> Tensor:
