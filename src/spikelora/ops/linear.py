@@ -103,8 +103,7 @@ class _SpikeLinear(torch.autograd.Function):
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers = numbers
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau, weight)
-        # Not `view`: what a function returns must be no view, or the layers above could not change it in place.
-        return y if tokens is x else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
+        return y if tokens is x and not torch.compiler.is_compiling() else _as_new(y, x)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +130,7 @@ class _SpikeBranch(torch.autograd.Function):
         a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers, ctx.x_dtype = numbers, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau)
-        return y
+        return _as_new(y, x) if torch.compiler.is_compiling() else y
 
     @staticmethod
     @once_differentiable
@@ -146,6 +145,16 @@ class _SpikeBranch(torch.autograd.Function):
         if grad_x is not None and tokens is not grad_y:
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
         return grad_y, None, grad_x, *grads, None, None, None, None
+
+
+def _as_new(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with the leading dimensions of `x`, for an autograd function to return.
+
+    Not `view`: what a function returns must be no view, or the layers above could not change it in place. Nor, for a
+    compiler, what was changed in place: torch 2.11 then gives the backward zeros for `grad_y`.
+    """
+    unsafe_view: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return unsafe_view
 
 
 def _tokens(x: Tensor) -> Tensor:
