@@ -58,11 +58,11 @@ $(OLDEST)/.ready: $(READY)
 		certifi==2026.10.19.post1 httpcore==1.0.9 httpx==0.28.1
 	touch $@
 
-# torch brings its own triton, whose interpreter (3.5 and 3.6) fails with NumPy 2.4.
+# torch brings its own triton; the interpreter of triton 3.6 fails with NumPy 2.4.
 $(ANOTHER)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ANOTHER)
 	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(ANOTHER)/constraints.txt
-	echo 'torch==$(TORCH)\nnumpy<2.4' >> $(ANOTHER)/constraints.txt
+	printf 'torch==%s\nnumpy<2.4\n' $(TORCH) >> $(ANOTHER)/constraints.txt
 	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt torch
 	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt -e '.[example,experiments,report,dev]'
 	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt --no-deps spikingjelly

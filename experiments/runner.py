@@ -1,7 +1,4 @@
-"""Running what of a study is pending, one run or several at once, beside other processes on the same folder.
-
-Several at once share the GPUs that are visible: a small model leaves most of one idle.
-"""
+"""Running what of a study is pending, one run or several at once, beside other processes on the same folder."""
 
 import multiprocessing
 import os
@@ -12,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from itertools import cycle, islice
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
@@ -97,8 +95,8 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     gpus = context.SimpleQueue()
-    for n in range(workers if (visible := _visible_gpus()) else 0):
-        gpus.put(visible[n % len(visible)])
+    for gpu in islice(cycle(_visible_gpus()), workers):
+        gpus.put(gpu)
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(gpus,))
 
 

@@ -37,10 +37,10 @@ def base_model(unused=False, dtype=torch.float32):
     return base.to(dtype)
 
 
-def adapted(unused=False, dtype=torch.float32, **adapter):
+def adapted(unused=False, dtype=torch.float32, seed=0, **adapter):
     options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "v_threshold": 0.0} | adapter
     base = base_model(unused, dtype)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return get_peft_model(base, SpikeLoraConfig(**options))
 
 

@@ -151,7 +151,7 @@ def _as_new(y: Tensor, x: Tensor) -> Tensor:
     """`y` with the leading dimensions of `x`, for an autograd function to return.
 
     Not `view`: what a function returns must be no view, or the layers above could not change it in place. Nor, for a
-    compiler, what was changed in place: torch 2.11 then gives the backward zeros for `grad_y`.
+    compiler, what was changed in place: torch 2.11 then trains A and B by gradients of zero, without an error.
     """
     unsafe_view: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return unsafe_view
