@@ -291,7 +291,8 @@ class TestGpu:
             assert columns | {"device", "python", "versions", "date"} <= set(table.columns)
         training = pd.read_csv(tmp_path / "gpu_training.csv")
         assert (training["after"] < training["before"]).all()
-        assert "met" not in result.stdout.split()  # nothing is judged
+        assert pd.read_csv(tmp_path / "gpu_times.csv")["met"].isna().all()
+        assert not {"met", "missed"} & set(result.stdout.split())  # nothing is judged
 
     def test_a_wrong_value_ends_it(self, monkeypatch, tmp_path, capsys):
         add_up_ = torch_backend.add_up_
