@@ -68,7 +68,7 @@ $(ANOTHER)/.ready: pyproject.toml constraints.txt
 	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt --no-deps spikingjelly
 	touch $@
 
-# All tests with the oldest PEFT and transformers, or with another torch: make versions TORCH=2.9.1 PYTHON=python3.13
+# All tests with the oldest PEFT and transformers, or with another torch: make versions TORCH=2.10.0 PYTHON=python3.13
 versions: BIN := $(if $(TORCH),$(ANOTHER)/bin,.venv/bin)
 versions: $(if $(TORCH),$(ANOTHER),$(OLDEST))/.ready  ## all tests with other versions; writes docs/versions.json
 	$(if $(TORCH),,PYTHONPATH=$(OLDEST)) $(TEST) -p tests.compatibility

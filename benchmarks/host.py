@@ -101,20 +101,21 @@ class _Operations(TorchDispatchMode):
 
 
 @contextmanager
-def as_on(way: str) -> Iterator[list]:
+def as_on(way: str) -> Iterator[list[None]]:
     """Run layers as on a GPU, up to the call that would start a kernel; gives a list that gets an item for each."""
-    started: list[tuple] = []
+    started: list[None] = []
     with _not_started(started) if way == KERNELS else nullcontext():
         yield started
 
 
 @contextmanager
-def _not_started(started: list[tuple]) -> Iterator[None]:
+def _not_started(started: list[None]) -> Iterator[None]:
     from spikelora.ops import triton_backend  # needs triton, which torch for CPUs does not bring
 
     class Kept(dict):
         def get(self, key: tuple) -> tuple:
-            return lambda *args: started.append(args), None, None
+            # Not the arguments: what is kept costs time as well, in allocations and in collections of garbage.
+            return lambda *args: started.append(None), None, None
 
     changed = {
         (linear, "_backend"): lambda y, A: triton_backend,

@@ -118,7 +118,7 @@ def _added_on_cuda(call: Callable[[], object], device: torch.device) -> int:
 def _added_on_cpu(call: Callable[[], object]) -> int:
     """From the allocator's own record: what the system says of the process has all that malloc keeps for later."""
     gc.collect()
-    record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    record = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)  # or torch 2.10 warns
     with _without_stderr():
         record.start()
     call()

@@ -6,6 +6,7 @@ tests notes the versions that it was made with, in `docs/versions.json`, for the
 """
 
 import json
+import platform
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 VERSIONS = "\n## Versions\n\n"
 PAGE, RUNS = DOCS / "compatibility.md", DOCS / "versions.json"
-PACKAGES = ("torch", "peft", "transformers", "trl", "accelerate")
+PACKAGES = ("torch", "triton", "peft", "transformers", "trl", "accelerate")
 HEAD = "# Compatibility\n\nMade by `make compatibility` from the outcomes of the tests, on CPU cores, with {}."
 
 _areas: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -77,4 +78,5 @@ def section() -> str:
 
 
 def versions() -> str:
-    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    packages = (f"{name} {version(name)}" for name in PACKAGES)
+    return ", ".join((f"Python {platform.python_version()}", *packages))

@@ -218,7 +218,7 @@ def test_mixed_models_refuse_the_config(opt):
 
 @pytest.mark.parametrize("requirement", ["peft<0.21,>=0.20", "transformers>=99"])
 def test_an_unsupported_version_is_an_error_that_says_which_to_install(requirement, monkeypatch):
-    supported = ["peft<0.22,>=0.21", "transformers<6,>=5.17", "torch>=2.9", "pandas>=99; extra == 'dev'"]
+    supported = ["peft<0.22,>=0.21", "transformers<6,>=5.17", "torch>=2.10", "pandas>=99; extra == 'dev'"]
     monkeypatch.setattr(_versions, "requires", lambda name: supported)
     _versions.check()
     monkeypatch.setattr(_versions, "requires", lambda name: [*supported, requirement])
