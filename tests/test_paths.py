@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.observe import gates
 from spikelora.paths import Path, force_path
 
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -279,7 +280,7 @@ def model_results(model, path, **inputs):
     model.zero_grad()
     torch.manual_seed(3)
     with force_path(path):
-        output = model(input_ids=TOKENS, labels=TOKENS, **inputs)
+        output = model(input_ids=TOKENS, labels=TOKENS, use_cache=False, **inputs)
         output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": output.loss.detach(), "logits": output.logits.detach()} | gradients
@@ -370,6 +371,36 @@ def test_compiled_dropout_uses_one_mask_forward_and_backward(path):
     B = layer.lora_B["default"].weight
     torch.testing.assert_close((B * B.grad).sum(), part, rtol=1e-4, atol=1e-4)
     assert (y - layer(x)).abs().max() > 0.01  # another mask
+
+
+@dynamo_warns
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks at it
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("path", [FUSED, BRANCH])
+def test_nothing_is_compiled_anew_for_another_value(path, learned):
+    """Decoder layers share what is compiled, as one compiles a large model by its regions; their thresholds differ."""
+    model = spiking(tiny_opt(), threshold_pattern={"layers.1.*": -0.02}, v_threshold=0.03, learn_threshold=learned)
+    model.enable_input_require_grads()  # for a compiler, the first layer is like the others then
+    layers = model.get_base_model().model.decoder.layers
+    thresholds = [gated.gate.v_threshold for gated in gates(model)]
+    assert len({t.item() for t in thresholds}) == 2
+    torch._dynamo.reset()
+    expected = [model_results(model, PLAIN)]
+    with torch.no_grad():
+        for i, threshold in enumerate(thresholds):
+            threshold.add_(0.01 * (i - 3))
+    expected.append(model_results(model, PLAIN))
+    for layer in layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = model_results(model, path)
+        with torch.no_grad():
+            for i, threshold in enumerate(thresholds):
+                threshold.sub_(0.01 * (i - 3))
+        first = model_results(model, path)
+    for actual, plain in zip((first, again), expected, strict=True):
+        assert_same(actual, plain, rtol=1e-4, atol=1e-5)
+    assert (first["logits"] - again["logits"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("path", Path)

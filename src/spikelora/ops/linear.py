@@ -239,7 +239,11 @@ def _kept(dropout: float) -> float:
 
 
 def _backend(y: Tensor, A: Tensor) -> ModuleType:
-    """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own."""
+    """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
+
+    At every size: also where the GPU waits for the host they are the cheaper, as a layer launches 3 forward and 7 in a
+    training step, the base's included, where plain torch launches 4 and 16 (`make bench ARGS="--only host"`).
+    """
     if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
         return torch_backend
     kernels = _triton_backend()
