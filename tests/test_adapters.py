@@ -40,11 +40,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:U
 def fill(model, adapter, seed, v_threshold=None):
     """Random B and, where one is given, a threshold for one adapter, as a training would leave them."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for name, tensor in model.state_dict().items():
         if f"lora_B.{adapter}." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) / 4
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / 4)
         if v_threshold is not None and f"lora_gate.{adapter}.v_threshold" in name:
-            parameter.data.fill_(v_threshold)
+            tensor.fill_(v_threshold)
     return model
 
 

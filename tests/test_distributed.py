@@ -12,6 +12,7 @@ from torch import distributed, nn
 
 from spikelora import SparsityCallback, SparsityControlCallback, SparsityMeter, SpikeLoraConfig
 from spikelora.observe import gates, own_shard, whole
+from spikelora.paths import Path, force_path
 
 LEARNED = {"learn_threshold": True, "learn_tau": True}
 HELD = {"target_sparsity": 0.9, "target_tolerance": 0.5}
@@ -93,6 +94,16 @@ def go_on(folder, model, **options):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][3:]
 
 
+def two_forwards(path):
+    """The gradients of two forwards and one backward; DDP writes the buffers anew in each of the forwards."""
+    model = adapted(v_threshold=0.02)
+    wrapped = nn.parallel.DistributedDataParallel(model) if place()[1] > 1 else model
+    rows = torch.tensor([row["input_ids"] for row in ROWS[:2]])
+    with force_path(Path[path]):
+        sum(wrapped(input_ids=row[None]).logits.square().mean() for row in rows).backward()
+    return [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+
+
 def uneven_work():
     """What a meter reports that counted four rows more in the first process."""
     model = by_hand()
@@ -109,7 +120,7 @@ def under_ddp(folder):
     results = {name: train(folder / name, adapted(**CASES[name][0]), **CASES[name][1]) for name in names}
     model, options = CASES["held"]
     results["held"]["resumed"] = go_on(folder / "held", adapted(**model), **options)
-    return results | {"meter": uneven_work()}
+    return results | {"meter": uneven_work()} | {path.name: two_forwards(path.name) for path in Path}
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +192,15 @@ def test_ddp_goes_on_from_a_checkpoint_to_the_same_losses(runs, n):
         if seen["resumed"] is None:
             pytest.skip("transformers 5.17 cannot load an optimiser of several processes on CPU cores")
         assert seen["resumed"] == pytest.approx(seen["losses"][3:-1], abs=5e-6)
+
+
+@pytest.mark.compatibility("Many processes", "DDP, several forwards before a backward")
+@pytest.mark.parametrize("path", [path.name for path in Path])
+def test_two_forwards_and_one_backward(runs, path):
+    alone = runs[1][1][0][path]
+    assert len(alone) == 24
+    for seen in runs[1][2]:
+        assert seen[path] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.compatibility("Many processes", "`SparsityMeter`")

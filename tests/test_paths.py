@@ -374,7 +374,9 @@ def test_compiled_dropout_uses_one_mask_forward_and_backward(path):
 
 
 @dynamo_warns
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks at it
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks at it
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("path", [FUSED, BRANCH])
 def test_nothing_is_compiled_anew_for_another_value(path, learned):

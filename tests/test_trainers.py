@@ -1,5 +1,6 @@
 """transformers' Trainer and those of TRL with spiking adapters: what they train, save, resume, push and refer to."""
 
+import copy
 import json
 from concurrent.futures import Future
 from pathlib import Path
@@ -445,6 +446,50 @@ class TestGRPO:
         assert losses(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
         assert not torch.equal(logits(trainer.model), logits(trained(small)))
         assert not torch.allclose(self.log_probs(load(small), batches[0]), batches[0]["ref_per_token_logps"], atol=1e-3)
+
+
+@works("Trainers", "TRL: references that are copies of a trained adapter")
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_a_copy_by_parameters_has_the_thresholds(kind, small, tokenizer, tmp_path):
+    data = {
+        "DPO": PAIRS,
+        "KTO": {"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"], "label": [True, False] * 8},
+        "GRPO": {"prompt": PAIRS["prompt"]},
+        "RLOO": {"prompt": PAIRS["prompt"]},
+    }[kind]
+    generates = kind in ("GRPO", "RLOO")
+    scored = {"reward_funcs": lambda completions, **_: [1.0] * len(completions)} if generates else {}
+    grouped = {"num_generations": 2} if generates else {}
+    model = trained(small)
+    expected = logits(model)
+    getattr(trl, f"{kind}Trainer")(
+        model=model,
+        args=arguments(getattr(trl, f"{kind}Config"), tmp_path, beta=0.1, **grouped),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer,
+        **scored,
+    )
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+
+
+@works("Trainers", "TRL: `sync_ref_model`")
+def test_a_reference_model_that_follows_has_the_thresholds(small, tokenizer, tmp_path):
+    model = load(small)
+    model.add_adapter(config(v_threshold=0.3))
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=copy.deepcopy(model),
+        args=arguments(DPOConfig, tmp_path, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0),
+        train_dataset=Dataset.from_dict(PAIRS),
+        processing_class=tokenizer,
+    )
+    for gate in model.modules():
+        if isinstance(gate, SpikeGate):
+            gate.v_threshold.fill_(0.02)
+    trainer.train()
+    assert torch.equal(logits(trainer.ref_model), logits(model))
+    assert not torch.equal(logits(model), logits(load(small)))
 
 
 class Engine:

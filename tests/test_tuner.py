@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import enable_checkpointing, tiny_gpt2, tiny_opt
 from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners import lora
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -24,6 +25,7 @@ from transformers import (
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
 from spikelora.gate import SpikeGate
+from spikelora.layers import SpikingLayer
 from spikelora.read_not_called import _READ_NOT_CALLED
 
 NEVER, ALWAYS = 1e30, -1e30
@@ -53,6 +55,10 @@ def plain(base: nn.Module, **options) -> PeftModel:
 
 def gates(model: nn.Module) -> list[SpikeGate]:
     return [module for module in model.modules() if isinstance(module, SpikeGate)]
+
+
+def spiking_layers(model: nn.Module) -> list[SpikingLayer]:
+    return [module for module in model.modules() if isinstance(module, SpikingLayer)]
 
 
 BASES = [pytest.param(tiny_opt, id="Linear"), pytest.param(tiny_gpt2, id="Conv1D")]
@@ -165,6 +171,72 @@ class TestFixedNeuron:
         model.set_adapter("ref")
         assert torch.equal(model(TOKENS).logits, expected)
         assert self.frozen(model)
+
+    def test_another_adapter_of_the_same_configuration_begins_as_configured(self, opt):
+        model = spiking(opt, v_threshold=0.03)
+        for gate in gates(model):
+            gate.v_threshold.fill_(0.5)
+        model.add_adapter("other", model.peft_config["default"])
+        model.set_adapter("other")
+        values = {layer.lora_gate["other"].v_threshold.item() for layer in spiking_layers(model)}
+        assert values == {torch.tensor(0.03).item()}
+
+    def test_training_all_that_there_is(self, opt):
+        model = spiking(opt, v_threshold=0.03, learn_tau=True).train()
+        before = [gate.v_threshold.clone() for gate in gates(model)]
+        for p in model.parameters():
+            p.requires_grad_(True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        for _ in range(10):
+            model(TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.equal(gate.v_threshold, b) for gate, b in zip(gates(model), before, strict=True))
+        assert all(gate.tau.item() != 2 for gate in gates(model))
+
+    def test_peft_says_that_all_of_an_adapter_is_trained(self, opt):
+        status = spiking(opt).get_model_status()
+        assert status.requires_grad == {"default": True}
+        assert status.devices == {"default": ["cpu"]}
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda model: create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=0.05),
+            lambda model: create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.05, loraplus_lr_ratio=4),
+        ],
+        ids=["LoRA-FA", "LoRA+"],
+    )
+    def test_peft_s_own_optimizers_step(self, make, opt):
+        model = spiking(opt, v_threshold=0.03).train()
+        optimizer, losses = make(model), []
+        for _ in range(5):
+            losses.append(model(TOKENS, labels=TOKENS).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0]
+        assert {gate.v_threshold.item() for gate in gates(model)} == {torch.tensor(0.03).item()}
+
+    def test_averages_of_the_parameters(self, opt):
+        """As torch and accelerate keep them in a copy of the model, and diffusers in a list of tensors."""
+        model = spiking(opt, v_threshold=0.03)
+        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0))
+        for gate in gates(model):  # as `SparsityControlCallback` does
+            gate.v_threshold.fill_(-0.02)
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.data += 0.05
+        shadow = [p.detach().clone() for p in model.parameters()]
+        expected = model(TOKENS).logits
+        average.update_parameters(model)  # it has seen one, and takes all of the second
+        average.update_parameters(model)
+        for p in model.parameters():
+            p.data += 0.1
+        for p, kept in zip(model.parameters(), shadow, strict=True):
+            p.data.copy_(kept)
+        assert torch.equal(average(TOKENS).logits, expected)
+        assert torch.equal(model(TOKENS).logits, expected)
 
 
 @pytest.mark.parametrize(("learn_threshold", "learn_tau"), [(True, False), (False, True), (True, True)])
@@ -388,9 +460,10 @@ def test_the_configuration_says_how_conv1d_stores_its_weight(gpt2):
     assert spiking(gpt2).peft_config["default"].fan_in_fan_out
 
 
-def test_what_is_printed_on_the_meta_device(opt, capsys):
+def test_what_is_printed_while_weights_are_on_the_meta_device(opt, capsys):
     model = get_peft_model(opt, SpikeLoraConfig(target_modules=["fc1"]), low_cpu_mem_usage=True)
-    assert "default: r=8, v_threshold=nan, tau=nan" in repr(model)
+    assert "default: r=8, v_threshold=0.1, tau=2" in repr(model)
+    assert "default: r=8, v_threshold=nan, tau=nan" in repr(model.to("meta"))
     model.print_trainable_parameters()
     assert "spiking adapter 'default' on 2 modules || r: 8" in capsys.readouterr().out
 

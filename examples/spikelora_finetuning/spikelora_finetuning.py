@@ -509,9 +509,8 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     updates = len(train_rows) / (trainer.args.train_batch_size * trainer.args.world_size)
     updates = math.ceil(math.ceil(updates) / options.gradient_accumulation_steps)
     last_step = options.max_steps if options.max_steps > 0 else math.ceil(options.num_epochs * updates)
-    if checkpoint:  # here, as checkpoints of sharded models have no thresholds but those that are learned
-        model.load_adapter(checkpoint, "default", is_trainable=True)
     if checkpoint and resumed["global_step"] >= last_step:  # it had come to its end
+        model.load_adapter(checkpoint, "default", is_trainable=True)
         trained = {"steps": resumed["global_step"]}
     else:
         try:

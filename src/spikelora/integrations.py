@@ -1,8 +1,11 @@
 """What trainers do when they are made that a gate does not bear: put right, or refused with what to do instead."""
 
 import functools
+import sys
 from typing import Any
 
+import torch
+from accelerate.utils import fsdp_utils
 from torch import nn
 from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
@@ -11,12 +14,14 @@ from spikelora._registration import original
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
+from spikelora.layers import SpikingLayer
 
 
 def guard_trainers() -> None:
     """Wrap what every trainer calls when it is made; doing so again changes nothing."""
     # At the end of `Trainer.__init__`, before TRL's trainers start their engine of vLLM.
     CallbackHandler.on_init_end = _fit_for_gates(original(CallbackHandler.on_init_end))
+    fsdp_utils.fsdp2_load_full_state_dict = _with_whole_numbers(original(fsdp_utils.fsdp2_load_full_state_dict))
 
 
 def _fit_for_gates(on_init_end):
@@ -31,14 +36,65 @@ def _fit_for_gates(on_init_end):
                 "TRL hands vLLM the weights of the model with its adapter merged, and a spiking adapter cannot be "
                 "merged: generate with the model itself, by `use_vllm=False` and a trainer that has the option."
             )
-        for gate in self.model.modules() if isinstance(self.model, nn.Module) else ():
+        for module in self.model.modules() if isinstance(self.model, nn.Module) else ():
             # On quantised bases TRL casts what is trained to bfloat16. The dtype comes back, the digits do not.
-            if isinstance(gate, SpikeGate):
-                for tensor in (gate.v_threshold, gate.tau):
+            if _is_gate(module):
+                for tensor in module.parameters():
                     tensor.data = tensor.data.float()
+            elif isinstance(module, SpikingLayer):
+                for name in module.lora_gate:
+                    module.complete_copy(name)
+        _guard_synchronising()
         return on_init_end(self, args, state, control, **kwargs)
 
     return fit_for_gates
+
+
+def _with_whole_numbers(load_full_state_dict):
+    """accelerate's way to hand out what the first process has loaded, which takes everything saved for sharded."""
+
+    @functools.wraps(load_full_state_dict)
+    def with_whole_numbers(accelerator: Any, model: nn.Module, full_sd: dict, *args: Any, **kwargs: Any) -> Any:
+        fixed = [(name, gate, dict(gate.named_buffers())) for name, gate in model.named_modules() if _is_gate(gate)]
+        for _, gate, numbers in fixed:
+            gate._non_persistent_buffers_set.update(numbers)
+        try:
+            result = load_full_state_dict(accelerator, model, full_sd, *args, **kwargs)
+        finally:
+            for _, gate, numbers in fixed:
+                gate._non_persistent_buffers_set.difference_update(numbers)
+        for name, gate, numbers in fixed:
+            for symbol in numbers:
+                number = full_sd[f"{name}.{symbol}"].to(accelerator.device)
+                torch.distributed.broadcast(number, src=0)
+                gate.register_buffer(symbol, number)
+        return result
+
+    return with_whole_numbers
+
+
+def _guard_synchronising() -> None:
+    """Wrap TRL's update of a reference model, once it is imported: it mixes parameters, and fixed numbers are none."""
+    callbacks: Any = sys.modules.get("trl.trainer.callbacks")
+    if callbacks is not None:
+        callback = callbacks.SyncRefModelCallback
+        callback._sync_target_model = staticmethod(_with_numbers(original(callback._sync_target_model)))
+
+
+def _with_numbers(sync):
+    @functools.wraps(sync)
+    def with_numbers(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
+        sync(model, target_model, alpha)
+        both = ([gate for gate in each.modules() if _is_gate(gate)] for each in (target_model, model))
+        for target, gate in zip(*both, strict=True):
+            for number, new in zip(target.buffers(), gate.buffers(), strict=True):
+                number.lerp_(new, alpha)
+
+    return with_numbers
+
+
+def _is_gate(module: nn.Module) -> bool:
+    return isinstance(module, SpikeGate)
 
 
 def _is_spiking(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import math
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.layer import LoraVariant
@@ -139,10 +140,25 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
                 result[rows] = self.lora_variant[name].forward(self, name, part, result[rows]).to(result.dtype)
         return result
 
-    def _freeze_non_trainable_peft_weights(self, adapter_names: str | list[str] | None = None) -> None:
-        super()._freeze_non_trainable_peft_weights(adapter_names)
-        for gate in self.lora_gate.values():
-            gate.freeze_fixed()
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for name in self.active_adapters:
+            if name in self.lora_gate:
+                self.complete_copy(name)
+
+    def complete_copy(self, adapter_name: str) -> None:
+        """Give an adapter that somebody made a copy of another, by its parameters alone, the other's fixed numbers.
+
+        TRL makes its references so: an adapter of the trained one's configuration, then parameter by parameter. It is
+        looked at once, when it becomes active or a training begins: a copy has the same A and B.
+        """
+        gate = self.lora_gate[adapter_name]
+        source, gate.made_like = gate.made_like, None
+        if source not in self.lora_gate:
+            return
+        pairs = list(zip(self.low_rank(adapter_name), self.low_rank(source), strict=True))
+        if not any(own.is_meta or other.is_meta for own, other in pairs) and all(torch.equal(*pair) for pair in pairs):
+            gate.load_state_dict(dict(self.lora_gate[source].named_buffers()), strict=False)
 
     merge = get_delta_weight = refuse_merging
 

@@ -187,7 +187,7 @@ def guard_hotswap(swap: Callable) -> Callable:
 
     @functools.wraps(swap)
     def guarded(model: nn.Module, state_dict: dict, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        kept: dict[nn.Parameter, Tensor] = {}
+        kept: dict[Tensor, Tensor] = {}
         if isinstance(config, SpikeLoraConfig):
             if config.rank_pattern or config.alpha_pattern:
                 raise SpikeLoraError(
@@ -205,13 +205,13 @@ def guard_hotswap(swap: Callable) -> Callable:
             check_fit(model_itself, adapter_name, state_dict, swapped=True)
             # Other adapters, and the neurons of modules that the new one has not.
             kept = {
-                parameter: parameter.detach().clone()
-                for name, parameter in model_itself.named_parameters()
+                tensor: tensor.detach().clone()
+                for name, tensor in model_itself.state_dict(keep_vars=True).items()
                 if ".lora_" in name and (not own.search(name) or (".lora_gate." in name and name not in state_dict))
             }
         swap(model, state_dict, adapter_name, config, *args, **kwargs)
         with torch.no_grad():
-            for parameter, value in kept.items():
-                parameter.copy_(value)
+            for tensor, value in kept.items():
+                tensor.copy_(value)
 
     return guarded

@@ -12,48 +12,59 @@ MIN_TAU = 1 + torch.finfo(torch.float32).eps
 class NeuronParameters(nn.Module):
     """`v_threshold` and `tau` of one neuron, each of shape `(1,)`.
 
-    They stay float32 whatever the model is cast to, as bfloat16 has no 0.1, and have a gradient only where they are
-    learned. A learned `tau` stays above 1. After `to_empty` from the meta device they are as they were configured,
-    until a state dict is loaded.
+    One that is learned is a parameter, one that is fixed a buffer: whatever trains, casts, shards or counts parameters
+    passes it by. They stay float32 whatever the model is cast to, as bfloat16 has no 0.1. A learned `tau` stays above
+    1. After `to_empty` from the meta device they are as they were configured, until a state dict is loaded.
     """
+
+    v_threshold: Tensor
+    tau: Tensor
 
     def __init__(self, v_threshold: float, tau: float, learn_threshold: bool, learn_tau: bool) -> None:
         super().__init__()
-        self.v_threshold = nn.Parameter(torch.full((1,), v_threshold, dtype=torch.float32), learn_threshold)
-        self.tau = nn.Parameter(torch.full((1,), tau, dtype=torch.float32), learn_tau)
         self.learn_threshold = learn_threshold
         self.learn_tau = learn_tau
         self.configured = {"v_threshold": v_threshold, "tau": tau}
+        for name, is_learned in (("v_threshold", learn_threshold), ("tau", learn_tau)):
+            tensor = torch.full((1,), self.configured[name], dtype=torch.float32)
+            if is_learned:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
 
     def neuron(self) -> tuple[Tensor, Tensor]:
         """`v_threshold` and `tau` as the forward takes them, in float32."""
         # As attributes they would take two microseconds of every forward.
-        v_threshold, tau = self._parameters["v_threshold"], self._parameters["tau"]
+        v_threshold = (self._parameters if self.learn_threshold else self._buffers)["v_threshold"]
+        tau = (self._parameters if self.learn_tau else self._buffers)["tau"]
         assert v_threshold is not None
         assert tau is not None
+        # In a forward, FSDP2's mixed precision has what is learned in bfloat16, and the number itself in float32.
+        if self.learn_threshold:
+            v_threshold = v_threshold.float()
+        if self.learn_tau:
+            tau = _AboveOne.apply(tau.float())
         if not v_threshold.dtype == tau.dtype == torch.float32:
-            raise SpikeLoraError(
-                "`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out. Where FSDP2's mixed "
-                "precision has cast them: load the base in bfloat16 and set `mixed_precision: no`, or leave thresholds "
-                "that are not learned out by `fsdp_ignored_modules: .*lora_gate.*`, see docs/distributed.md."
-            )
-        return v_threshold, _AboveOne.apply(tau) if self.learn_tau else tau
-
-    def freeze_fixed(self) -> None:
-        """Take the gradient from what is not learned; PEFT makes every tensor of an active adapter trainable."""
-        for tensor, learned in ((self.v_threshold, self.learn_threshold), (self.tau, self.learn_tau)):
-            tensor.requires_grad_(tensor.requires_grad and learned)
+            raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
+        return v_threshold, tau
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:
-            return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
+            try:
+                moved = fn(tensor)
+            except NotImplementedError:
+                if not tensor.is_meta or isinstance(tensor, nn.Parameter):
+                    raise
+                # PEFT moves what has no parameters on the meta device. A fixed number is known there, too.
+                moved = fn(torch.empty_like(tensor, device="cpu"))
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        was_meta = self.tau.is_meta
+        were_meta = [name for name in self.configured if getattr(self, name).is_meta]
         super()._apply(keep_dtype, recurse)
-        if was_meta and not self.tau.is_meta:  # by `to_empty`, which leaves in a tensor what the memory held
-            with torch.no_grad():
-                for name, value in self.configured.items():
-                    getattr(self, name).fill_(value)
+        with torch.no_grad():
+            for name in were_meta:
+                if not getattr(self, name).is_meta:  # an empty tensor, which holds what the memory held
+                    getattr(self, name).fill_(self.configured[name])
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

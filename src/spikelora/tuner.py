@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from spikelora.adapter_files import check_tensors
 from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
-from spikelora.layers import Embedding, has_spiking_type, make_spiking, refuse_merging
+from spikelora.layers import Embedding, SpikingLayer, has_spiking_type, make_spiking, refuse_merging
 from spikelora.loading import as_it_was, check_fit
 from spikelora.read_not_called import check_called
 
@@ -71,6 +71,10 @@ class SpikeLoraModel(LoraModel):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
+        alike = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        for layer in model.modules() if alike else ():
+            if isinstance(layer, SpikingLayer) and adapter_name in layer.lora_gate:
+                layer.lora_gate[adapter_name].made_like = alike[0]
         if experts:
             warnings.warn(
                 f"The target_modules stand for {', '.join(f'`{name}`' for name in sorted(experts))} as well, stacked "
