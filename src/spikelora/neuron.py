@@ -4,10 +4,11 @@ Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. Tensors that broadcast ma
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 
 def charge(a: Tensor, tau: Tensor | float) -> Tensor:
@@ -35,6 +36,8 @@ def spike_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surr
         d gated / d v_threshold = -a * s'(u)
         d gated / d tau         = -a * s'(u) * a / tau ** 2
 
+    Higher derivatives are those of `a * spike(u)` with `s'` for the derivative of `spike` each time it is taken.
+
     Args:
         a: low-rank activation `(..., r)`, dimensionless.
         v_threshold: firing threshold in the units of `v`.
@@ -44,8 +47,28 @@ def spike_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surr
     Returns:
         `gated (..., r)` in the dtype of `a`: graded values, not bits.
     """
-    gated: Tensor = _SpikeGate.apply(a, v_threshold, tau, surrogate_alpha)
+    gate = composed_gate if is_transformed() else _SpikeGate.apply
+    gated: Tensor = gate(a, v_threshold, tau, surrogate_alpha)
     return gated
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is on, which take no function of our own."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def composed_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surrogate_alpha: float) -> Tensor:
+    """`spike_gate` as operations of torch, which differentiate in every way and as often as asked, and keep more.
+
+    `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives.
+    """
+    v = charge(a, tau)
+    spikes = v >= v_threshold
+    integral = torch.atan(math.pi / 2 * surrogate_alpha * (v - v_threshold)) / math.pi
+    spike = spikes + (integral - integral.detach())
+    is_finite = a.isfinite()
+    product = (a.masked_fill(~is_finite, 0) * spike).to(a.dtype)
+    return torch.where(is_finite, product, torch.where(spikes | a.isnan(), a, 0))
 
 
 class _SpikeGate(torch.autograd.Function):
@@ -59,10 +82,12 @@ class _SpikeGate(torch.autograd.Function):
         return torch.where(spikes | a.isnan(), a, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         a, *tensors = ctx.saved_tensors
         v_threshold, tau = (t if n is None else n for t, n in zip(tensors, ctx.numbers, strict=True))
+        if is_differentiated_again():
+            gated = composed_gate(a, v_threshold, tau, ctx.surrogate_alpha)
+            return *gradients(gated, (a, v_threshold, tau), ctx.needs_input_grad, grad), None
         v = charge(a, tau)
         spikes = v >= v_threshold
         # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.
@@ -76,3 +101,15 @@ class _SpikeGate(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_tau = -(grad_v * finite_a / tau**2).sum_to_size(tau.shape).to(tau.dtype)
         return grad_a, grad_v_threshold, grad_tau, None
+
+
+def is_differentiated_again() -> bool:
+    """Whether a backward that runs now has to be differentiable itself, as under `create_graph=True`."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients(output: Tensor, inputs: Sequence, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of `output` by those inputs that need one, differentiable themselves; None for the others."""
+    needed = [t for t, need in zip(inputs, needs, strict=False) if need]
+    found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, materialize_grads=True))
+    return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]

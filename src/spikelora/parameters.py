@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
+from spikelora.neuron import is_transformed
 
 # The smallest float32 above 1: the floor of a learned tau alters no tau that a configuration accepts.
 MIN_TAU = 1 + torch.finfo(torch.float32).eps
@@ -43,7 +44,7 @@ class NeuronParameters(nn.Module):
         if self.learn_threshold:
             v_threshold = v_threshold.float()
         if self.learn_tau:
-            tau = _AboveOne.apply(tau.float())
+            tau = _above_one(tau.float())
         if not v_threshold.dtype == tau.dtype == torch.float32:
             raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
         return v_threshold, tau
@@ -71,6 +72,14 @@ class NeuronParameters(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.learn_tau and not keep_vars:  # an optimiser may have stepped below the floor
             destination[prefix + "tau"] = destination[prefix + "tau"].clamp(min=MIN_TAU)
+
+
+def _above_one(tau: Tensor) -> Tensor:
+    """`max(tau, MIN_TAU)`, with a gradient at the floor."""
+    if is_transformed():  # where a gradient has no sign to look at: at the floor every one passes
+        return torch.where(tau > MIN_TAU, tau, MIN_TAU + (tau - tau.detach()))
+    above_one: Tensor = _AboveOne.apply(tau)
+    return above_one
 
 
 class _AboveOne(torch.autograd.Function):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
+from spikelora.neuron import is_transformed
 from spikelora.ops.linear import Adapter, is_autocast
 
 # What an adapter's parts are when nobody has put something else in their place.
@@ -77,6 +78,8 @@ def returns_private(base: Any) -> bool:
 def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
     # This runs in every forward, and at one token the layer itself takes but 100 us. So what is usual is asked for in
     # one go, attributes are read past `nn.Module.__getattr__`, and a reason is looked for where there is one to give.
+    if is_transformed():
+        return Choice(Path.PLAIN, "`torch.func` or forward-mode differentiation transforms it")
     modules = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules[adapter_name], modules["lora_B"]._modules[adapter_name]
     dropout, gate = modules["lora_dropout"]._modules[adapter_name], modules["lora_gate"]._modules[adapter_name]

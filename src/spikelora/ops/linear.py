@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from spikelora.errors import SpikeLoraError
+from spikelora.neuron import composed_gate, gradients, is_differentiated_again
 from spikelora.ops import torch_backend
 
 _MAX_TRITON_RANK = 256  # up to here the kernels are tested
@@ -106,10 +107,13 @@ class _SpikeLinear(torch.autograd.Function):
         return y if tokens is x and not torch.compiler.is_compiling() else _as_new(y, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
         *saved, weight = ctx.saved_tensors
+        if is_differentiated_again():
+            composed = _composed_backward(grad_y, need_x, needs, saved, ctx.numbers, weight)
+            grad_bias = _tokens(grad_y).sum(0) if need_bias else None
+            return composed[0], None, grad_bias, *composed[1:], None, None, None, None
         with _without_autocast(grad_y):
             tokens = _tokens(grad_y)
             grad_x = _linear_backward(tokens, weight) if need_x else None
@@ -133,10 +137,11 @@ class _SpikeBranch(torch.autograd.Function):
         return _as_new(y, x) if torch.compiler.is_compiling() else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
         _, _, need_x, *needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
+        if is_differentiated_again():
+            return grad_y, None, *_composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 4
         with _without_autocast(grad_y):
             tokens, grad_x = _tokens(grad_y), None
             if need_x:
@@ -145,6 +150,31 @@ class _SpikeBranch(torch.autograd.Function):
         if grad_x is not None and tokens is not grad_y:
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
         return grad_y, None, grad_x, *grads, None, None, None, None
+
+
+def _composed_backward(
+    grad_y: Tensor,
+    need_x: bool,
+    needs: list[bool],
+    saved: Sequence[Tensor],
+    numbers: tuple,
+    weight: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the input, A, B, v_threshold and tau by torch's own rules, for a second backward."""
+    x, _, mask, A, B, v_threshold, tau = saved
+    surrogate_alpha, scaling, dropout, _ = numbers
+    if x is None:
+        raise SpikeLoraError(
+            "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen: "
+            "train `lora_A` as well, or force the plain path, `with force_path(Path.PLAIN)`."
+        )
+    with _without_autocast(grad_y):
+        dropped = x if mask is None else x * mask.view(x.shape) * _kept(dropout)
+        gated = composed_gate(F.linear(dropped.to(A.dtype), A), v_threshold, tau, surrogate_alpha)
+        y = (F.linear(gated, B) * scaling).to(grad_y.dtype)
+        if weight is not None:
+            y = y + F.linear(x, weight.to(x.dtype))
+        return tuple(gradients(y, (x, A, B, v_threshold, tau), (need_x, *needs), grad_y))
 
 
 def _as_new(y: Tensor, x: Tensor) -> Tensor:
