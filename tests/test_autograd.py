@@ -10,7 +10,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from spikelora import SpikeLoraError
-from spikelora.neuron import atan_surrogate, composed_gate, spike_gate
+from spikelora.composed import composed_gate
+from spikelora.neuron import atan_surrogate, spike_gate
 from spikelora.paths import Path, force_path
 
 # What torch makes the derivatives of forward mode of.

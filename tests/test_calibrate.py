@@ -9,8 +9,7 @@ from conftest import tiny_opt
 from peft import get_peft_model
 from torch import nn
 
-from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
-from spikelora.adapt import settle_thresholds
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, adapt, calibrate_thresholds
 from spikelora.observe import gates
 
 TOKENS = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))
@@ -153,7 +152,7 @@ def test_activations_that_repeat_too_often_have_no_threshold():
         calibrate_thresholds(model, [{"input": x}], 0.7)
 
 
-def test_a_trained_adapter_settles_in_rounds():
+def test_a_trained_adapter_settles_in_rounds(monkeypatch):
     model = trained(tiny_opt(), r=8, lora_alpha=64)
 
     def furthest():
@@ -162,11 +161,41 @@ def test_a_trained_adapter_settles_in_rounds():
                 model(**batch)
         return max(abs(module.sparsity - 0.9) for module in meter.report().modules.values())
 
-    calibrate_thresholds(model, BATCHES)
+    with monkeypatch.context() as once:
+        once.setattr(adapt, "_MAX_ROUNDS", 1)
+        found = calibrate_thresholds(model, BATCHES)
+    assert found.rounds == 1
     assert furthest() > 0.05
-    report = settle_thresholds(model, BATCHES, 0.9)
-    assert furthest() == pytest.approx(max(abs(module.sparsity - 0.9) for module in report.modules.values()))
+    assert furthest() == pytest.approx(max(map(abs, found.off.values())))
+    found = calibrate_thresholds(model, iter(BATCHES))
+    assert found == thresholds(model)
+    assert 1 < found.rounds < 8
     assert furthest() <= 0.03
+    assert furthest() == pytest.approx(max(map(abs, found.off.values())))
+    assert found.sparsity == pytest.approx(0.9, abs=0.02)
+
+
+def test_an_adapter_that_does_nothing_yet_takes_one_round():
+    found = calibrate_thresholds(spiking(tiny_opt()), BATCHES, 0.7)
+    assert found.rounds == 1
+    assert max(map(abs, found.off.values())) < 1e-3
+
+
+def test_an_error_in_a_later_round_changes_nothing(monkeypatch):
+    model = trained(tiny_opt(), r=8, lora_alpha=64)
+    before, find, calls = thresholds(model), adapt._thresholds, []
+
+    def fail_later(*args):
+        calls.append(thresholds(model))
+        if len(calls) == 2:
+            raise SpikeLoraError("none near")
+        return find(*args)
+
+    monkeypatch.setattr(adapt, "_thresholds", fail_later)
+    with pytest.raises(SpikeLoraError, match="none near"):
+        calibrate_thresholds(model, BATCHES)
+    assert calls[1] != before
+    assert thresholds(model) == before
 
 
 def test_one_token_is_not_constant():

@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from spikelora.layers import is_grouped
 from spikelora.neuron import charge
 from spikelora.observe import Gated, Observer, configs_of, gates, names, observing
 from spikelora.quantiles import QuantileSketch
-from spikelora.sparsity import SparsityMeter, SparsityReport
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
 MAX_MISS = 0.03
@@ -26,23 +25,41 @@ MAX_MISS = 0.03
 _MAX_ROUNDS = 8
 
 
+class Calibration(dict[str, float]):
+    """The thresholds that `calibrate_thresholds` has set, by module or by `<module>.<adapter>`.
+
+    Attributes:
+        rounds: how often they were set.
+        sparsity: share of silent elements over all modules, on the calibration data with the last thresholds.
+        off: by module, how far its own sparsity is from the target.
+    """
+
+    def __init__(self, thresholds: Mapping[str, float], rounds: int, sparsity: float, off: dict[str, float]) -> None:
+        super().__init__(thresholds)
+        self.rounds = rounds
+        self.sparsity = sparsity
+        self.off = off
+
+
 def calibrate_thresholds(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], target_sparsity: float = 0.9
-) -> dict[str, float]:
+) -> Calibration:
     """Set the threshold of each module so that a target share of its activations is silent on calibration data.
 
     `v_threshold` becomes the `target_sparsity` quantile of the module's own `v = a / tau`, over all ranks and all
-    tokens that are no padding. One pass, without storing the activations, see `quantiles.QuantileSketch`. Meant for
-    before the training, when B = 0: afterwards the new gates change what the modules behind them see, so that a second
-    pass may be wanted.
+    tokens that are no padding, without storing the activations, see `quantiles.QuantileSketch`. Where B is not 0, the
+    new gates change what the modules behind them see. So it goes in rounds, until each module is within 0.03 of the
+    target or eight rounds are over; a last pass measures.
 
     Args:
         model: a model with spiking adapters; those that are active are calibrated.
-        batches: the model's keyword arguments, batch by batch, attention masks among them.
+        batches: the model's keyword arguments, batch by batch, attention masks among them; used 2 to 9 times, for
+            which an iterator is kept as a list.
         target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
 
     Returns:
-        The new thresholds by module, or by `<module>.<adapter>` where several adapters ran.
+        The new thresholds by module, or by `<module>.<adapter>` where several adapters ran, with the number of rounds
+        and how far each module is from the target.
 
     Raises:
         SpikeLoraError: for a target outside (0, 1), a model without spiking adapters, no batches, no tokens, or a
@@ -50,30 +67,75 @@ def calibrate_thresholds(
             the target; all are as they were then.
     """
     check_target("target_sparsity", target_sparsity)
+    before = {gated: gated.gate.v_threshold.detach().clone() for gated in gates(model)}
+    batches = _repeatable(batches)
+    try:
+        for rounds in range(_MAX_ROUNDS + 1):
+            sketches, counts = _look(model, batches, f"calibrating, round {rounds + 1}" if rounds else "calibrating")
+            off = {gated: (silent / n) - target_sparsity for gated, (silent, n) in counts.items()}
+            if rounds == _MAX_ROUNDS or (rounds and all(abs(distance) <= MAX_MISS for distance in off.values())):
+                break
+            found = _thresholds(sketches, target_sparsity)
+            if not rounds:
+                warn_of_unreached(model, found, "their thresholds stay as they are")
+            _set(found)
+    except BaseException:
+        _set(before)
+        raise
+    silent, n_elements = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
+    return Calibration(_by_module(found), rounds, silent / n_elements, _by_module(off))
+
+
+def _repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def _look(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], title: str
+) -> tuple[dict[Gated, QuantileSketch], dict[Gated, tuple[int, int]]]:
+    """The quantiles of each module's `v`, and how many of its elements are silent now and how many there are.
+
+    Counted here and not by a `SparsityMeter`, which adds up over processes: one of them may calibrate alone.
+    """
     sketches: dict[Gated, QuantileSketch] = defaultdict(QuantileSketch)
+    counts: dict[Gated, tuple[int, int]] = {}
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        v = charge(a if mask is None else a[mask], gated.gate.neuron()[1])
+        v_threshold, tau = gated.gate.neuron()
+        v = charge(a if mask is None else a[mask], tau)
         if len(v):
             sketches[gated].add(v)
+            silent, n_elements = counts.get(gated, (0, 0))
+            counts[gated] = silent + int((~(v >= v_threshold)).sum()), n_elements + v.numel()
 
-    run(model, batches, see, "calibrating")
-    found = {gated: _threshold(sketch, target_sparsity, _rank(gated)) for gated, sketch in sketches.items()}
+    run(model, batches, see, title)
+    return sketches, counts
+
+
+def _thresholds(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict[Gated, float]:
+    """By module the threshold that comes closest to the target.
+
+    Raises:
+        SpikeLoraError: where none comes close.
+    """
+    found = {gated: _threshold(sketch, target, _rank(gated)) for gated, sketch in sketches.items()}
     # The other way round a share that is no number, as of activations that are none, would pass.
-    missed = {g.module: share for g, (_, share) in found.items() if not abs(share - target_sparsity) <= MAX_MISS}
+    missed = {g.module: share for g, (_, share) in found.items() if not abs(share - target) <= MAX_MISS}
     if missed:
         nearest = {name: "none" if math.isnan(share) else f"{share:.2f}" for name, share in missed.items()}
         raise SpikeLoraError(
-            f"No threshold gives a sparsity near {target_sparsity:g} in "
+            f"No threshold gives a sparsity near {target:g} in "
             f"{', '.join(f'`{name}` (nearest: {share})' for name, share in nearest.items())}: its activations are "
             "too few, constant, repeat too often, or are not finite. Calibrate on more varied data, with another "
             "target, or leave the module out when the adapter is made."
         )
-    warn_of_unreached(model, found, "their thresholds stay as they are")
-    with torch.no_grad():
-        for gated, (v_threshold, _) in found.items():
-            gated.gate.v_threshold.fill_(v_threshold)
-    return _by_module({gated: v_threshold for gated, (v_threshold, _) in found.items()})
+    return {gated: v_threshold for gated, (v_threshold, _) in found.items()}
+
+
+@torch.no_grad()
+def _set(thresholds: Mapping[Gated, float | Tensor]) -> None:
+    for gated, v_threshold in thresholds.items():
+        gated.gate.v_threshold.copy_(torch.as_tensor(v_threshold))
 
 
 def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -119,29 +181,6 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
         layers = [gated.layer for gated in gates(model) if gated.adapter == adapter]
         configs[adapter] = _with_ranks(configs[adapter], layers, adapter)
     return _by_module({gated: int((~keep).sum()) for gated, keep in kept.items()})
-
-
-def settle_thresholds(
-    model: nn.Module, batches: Collection[Mapping[str, Any]], target_sparsity: float
-) -> SparsityReport:
-    """`calibrate_thresholds` in rounds, until each module is within 0.03 of the target, or eight rounds are over.
-
-    For adapters that were trained: the new gates change what the modules behind them see.
-
-    Returns:
-        The sparsity that was reached on the calibration data.
-
-    Raises:
-        SpikeLoraError: as `calibrate_thresholds`; the thresholds are then those of the round before.
-    """
-    for _ in range(_MAX_ROUNDS):
-        calibrate_thresholds(model, batches, target_sparsity)
-        with SparsityMeter(model) as meter:
-            run(model, batches, lambda gated, a, mask: None, "measuring")
-        report = meter.report()
-        if all(abs(m.sparsity - target_sparsity) <= MAX_MISS for m in report.modules.values() if m.tokens):
-            break
-    return report
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def calibrate(
     max_batches: _MaxBatches = None,
 ) -> None:
     """Set each module's threshold so that a target share of its activations is silent on a text."""
-    from spikelora.adapt import settle_thresholds
+    from spikelora.adapt import calibrate_thresholds
     from spikelora.config import check_target
     from spikelora.report_tables import numbers_table
 
@@ -115,15 +115,15 @@ def calibrate(
         raise typer.BadParameter(str(error)) from error
     with _new_folder(output) as partial:
         model, batches = _load(adapter, base_model, data, text_field, batch_size, cutoff_len, max_batches)
-        report = settle_thresholds(model, batches, target_sparsity)
+        calibration = calibrate_thresholds(model, batches, target_sparsity)
         model.save_pretrained(partial)
     console = _console()
-    reached = {name: module for name, module in report.modules.items() if module.tokens}
-    thresholds = {name: module.v_threshold for name, module in reached.items()}
-    console.print(numbers_table(f"Thresholds for a sparsity of {target_sparsity:g}", thresholds, "v_threshold"))
-    shares = [module.sparsity for module in reached.values()]
+    title = f"Thresholds for a sparsity of {target_sparsity:g}"
+    console.print(numbers_table(title, calibration, "v_threshold"))
+    shares = [target_sparsity + distance for distance in calibration.off.values()]
     console.print(
-        f"Sparsity on this text: {report.sparsity:.4f}, by module {min(shares):.4f} to {max(shares):.4f}",
+        f"Sparsity on this text: {calibration.sparsity:.4f}, by module {min(shares):.4f} to {max(shares):.4f}, after "
+        f"{calibration.rounds} {'round' if calibration.rounds == 1 else 'rounds'}",
         soft_wrap=True,
     )
     console.print(f"The calibrated adapter is in {output}", soft_wrap=True)

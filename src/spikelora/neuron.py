@@ -4,11 +4,11 @@ Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. Tensors that broadcast ma
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from spikelora.composed import composed_gate, gradients, is_differentiated_again, is_transformed
 
 
 def charge(a: Tensor, tau: Tensor | float) -> Tensor:
@@ -52,25 +52,6 @@ def spike_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surr
     return gated
 
 
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is on, which take no function of our own."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def composed_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surrogate_alpha: float) -> Tensor:
-    """`spike_gate` as operations of torch, which differentiate in every way and as often as asked, and keep more.
-
-    `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives.
-    """
-    v = charge(a, tau)
-    spikes = v >= v_threshold
-    integral = torch.atan(math.pi / 2 * surrogate_alpha * (v - v_threshold)) / math.pi
-    spike = spikes + (integral - integral.detach())
-    is_finite = a.isfinite()
-    product = (a.masked_fill(~is_finite, 0) * spike).to(a.dtype)
-    return torch.where(is_finite, product, torch.where(spikes | a.isnan(), a, 0))
-
-
 class _SpikeGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, v_threshold, tau, surrogate_alpha):
@@ -101,15 +82,3 @@ class _SpikeGate(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_tau = -(grad_v * finite_a / tau**2).sum_to_size(tau.shape).to(tau.dtype)
         return grad_a, grad_v_threshold, grad_tau, None
-
-
-def is_differentiated_again() -> bool:
-    """Whether a backward that runs now has to be differentiable itself, as under `create_graph=True`."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def gradients(output: Tensor, inputs: Sequence, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of `output` by those inputs that need one, differentiable themselves; None for the others."""
-    needed = [t for t, need in zip(inputs, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from spikelora.composed import is_transformed
 from spikelora.errors import SpikeLoraError
-from spikelora.neuron import is_transformed
 
 # The smallest float32 above 1: the floor of a learned tau alters no tau that a configuration accepts.
 MIN_TAU = 1 + torch.finfo(torch.float32).eps

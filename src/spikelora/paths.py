@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from spikelora.composed import is_transformed
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
-from spikelora.neuron import is_transformed
 from spikelora.ops.linear import Adapter, is_autocast
 
 # What an adapter's parts are when nobody has put something else in their place.

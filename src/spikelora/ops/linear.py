@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikelora.composed import composed_gate, gradients, is_differentiated_again
 from spikelora.errors import SpikeLoraError
-from spikelora.neuron import composed_gate, gradients, is_differentiated_again
 from spikelora.ops import torch_backend
 
 _MAX_TRITON_RANK = 256  # up to here the kernels are tested
