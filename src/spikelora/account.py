@@ -205,8 +205,12 @@ def operations(
     if isinstance(tokens_per_pass, bool) or not isinstance(tokens_per_pass, int) or tokens_per_pass < 1:
         raise SpikeLoraError(f"`tokens_per_pass` must be a whole number from 1 on, got {tokens_per_pass!r}.")
     for name, value in (("weight_pj", weight_pj), ("activation_pj", activation_pj)):
-        if not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise SpikeLoraError(f"`{name}` must be finite and not negative, in pJ, got {value!r}.")
+    if not isinstance(report, SparsityReport):
+        raise SpikeLoraError(
+            f"`report` must be what `SparsityMeter(model).report()` gives, got a {type(report).__name__}."
+        )
     layers: dict[tuple[str, str], Any] = {(g.module, g.adapter): g.layer for g in gates(model)}
     modules = {}
     for key, seen in report.modules.items():

@@ -68,7 +68,7 @@ def calibrate_thresholds(
     """
     check_target("target_sparsity", target_sparsity)
     before = {gated: gated.gate.v_threshold.detach().clone() for gated in gates(model)}
-    batches = _repeatable(batches)
+    batches = repeatable(batches)
     try:
         for rounds in range(_MAX_ROUNDS + 1):
             sketches, counts = _look(model, batches, f"calibrating, round {rounds + 1}" if rounds else "calibrating")
@@ -84,10 +84,6 @@ def calibrate_thresholds(
         raise
     silent, n_elements = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     return Calibration(_by_module(found), rounds, silent / n_elements, _by_module(off))
-
-
-def _repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    return list(batches) if isinstance(batches, Iterator) else batches
 
 
 def _look(
@@ -183,6 +179,20 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
     return _by_module({gated: int((~keep).sum()) for gated, keep in kept.items()})
 
 
+def repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Batches that can be used more than once.
+
+    Raises:
+        SpikeLoraError: for what holds no batches, such as a single one.
+    """
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise SpikeLoraError(
+            f"`batches` must be a list of batches, or another iterable of them, got a {type(batches).__name__}: "
+            "put a single batch into a list."
+        )
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
 @torch.no_grad()
 def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observer, title: str) -> None:
     """Show the observer all activations of a model in evaluation mode, over batches of its keyword arguments.
@@ -190,8 +200,9 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
     Raises:
         SpikeLoraError: where there is no spiking adapter, no batch, or no token in them that reaches an adapter.
     """
-    modes = {module: module.training for module in model.modules()}
     device = gates(model)[0].gate.tau.device
+    batches = repeatable(batches)
+    modes = {module: module.training for module in model.modules()}
     n_batches = n_tokens = 0
 
     def count_and_see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
@@ -212,7 +223,7 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
                 inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
                 sizes = [v.numel() for v in inputs.values() if isinstance(v, Tensor)]
                 if any(sizes) or not sizes:  # models fail on batches without any token
-                    model(**inputs)
+                    _call(model, inputs)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -220,6 +231,20 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
         raise SpikeLoraError("`batches` is empty; give at least one, and a list where it is used more than once.")
     if not n_tokens:
         raise SpikeLoraError("`batches` has no token that reaches an active spiking adapter, or all are padding.")
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        model(**inputs)
+    except SpikeLoraError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        if not any(isinstance(value, Tensor) for value in inputs.values()):
+            kinds = ", ".join(f"`{name}` is a {type(value).__name__}" for name, value in inputs.items())
+            raise SpikeLoraError(f"`batches` must hold tensors, but {kinds or 'a batch is empty'}.") from error
+        if isinstance(error, ValueError) or "unexpected keyword argument" in str(error):
+            raise SpikeLoraError(f"`batches` does not hold what the model takes: {error}") from error
+        raise
 
 
 def _threshold(sketch: QuantileSketch, target: float, r: int) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spikelora.adapt import Calibration, calibrate_thresholds, run, tied, warn_of_unreached
+from spikelora.adapt import Calibration, calibrate_thresholds, repeatable, run, tied, warn_of_unreached
 from spikelora.config import SpikeLoraConfig, check_target
 from spikelora.errors import SpikeLoraError
 from spikelora.layers import SpikingLayer, is_grouped, make_plain, make_spiking
@@ -44,8 +44,8 @@ def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_spa
 
     Args:
         model: a `PeftModel` with one plain LoRA adapter, not merged.
-        batches: the model's keyword arguments, batch by batch, attention masks among them; kept as a list, and
-            used 4 to 11 times.
+        batches: the model's keyword arguments, batch by batch, attention masks among them; used 4 to 11 times,
+            for which an iterator is kept as a list.
         target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
 
     Returns:
@@ -57,7 +57,7 @@ def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_spa
     """
     check_target("target_sparsity", target_sparsity)
     adapter, config, layers = _plain_lora(model)
-    batches = list(batches)
+    batches = repeatable(batches)
     with ExitStack() as undo:
         undo.callback(_restore_lora, model, adapter, model.peft_config[adapter], layers)
         _open_gates(model, adapter, config, layers)

@@ -49,9 +49,9 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:
-        if not 0 <= warmup_ratio <= 1:
+        if not (_is_number(warmup_ratio) and 0 <= warmup_ratio <= 1):
             raise SpikeLoraError(f"`warmup_ratio` must be a share from 0 to 1, got {warmup_ratio!r}; leave it at 0.1.")
-        if not 0 < gain <= 1:
+        if not (_is_number(gain) and 0 < gain <= 1):
             raise SpikeLoraError(f"`gain` must be above 0 and at most 1, got {gain!r}; leave it at 0.1.")
         self.warmup_ratio = warmup_ratio
         self.gain = gain
@@ -161,6 +161,10 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         is_known = quantile.isfinite()
         new = torch.stack((torch.where(is_known, quantile, 0), is_known.to(quantile.dtype)))
         self._seen[gated] = self._seen[gated] + new if gated in self._seen else new
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _sample(a: Tensor) -> Tensor | slice:

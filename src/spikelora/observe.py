@@ -47,6 +47,11 @@ def gates(model: nn.Module) -> list[Gated]:
     Raises:
         SpikeLoraError: where there are none.
     """
+    if not isinstance(model, nn.Module):
+        raise SpikeLoraError(
+            f"`model` must be a model with a spiking adapter, got a {type(model).__name__}: give the one of "
+            "`get_peft_model(model, SpikeLoraConfig(...))` or `PeftModel.from_pretrained`."
+        )
     found = []
     for name, gate in model.named_modules():
         layer, is_part, adapter = f".{name}".rpartition(".lora_gate.")

@@ -112,10 +112,20 @@ class SparsityMeter:
     def __init__(
         self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | str | None = None
     ) -> None:
+        if training not in (True, False, None):
+            raise SpikeLoraError(f"`training` must be True, False or None, got {training!r}.")
         self._model = model
         self._training = training
         adapters = [adapters] if isinstance(adapters, str) else adapters
-        found = [gated for gated in gates(model) if adapters is None or gated.adapter in adapters]
+        found = gates(model)
+        if adapters is not None:
+            known = {gated.adapter for gated in found}
+            if not isinstance(adapters, Collection) or not known.issuperset(adapters):
+                raise SpikeLoraError(
+                    f"`adapters` must be of the model's own, which are {', '.join(map(repr, sorted(known)))}, got "
+                    f"{adapters!r}."
+                )
+            found = [gated for gated in found if gated.adapter in adapters]
         self._gated = {(gated.module, gated.adapter): gated for gated in found}
         self._counts: dict[tuple[str, str], Tensor] = {}
         self._context = ExitStack()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from spikelora.errors import SpikeLoraError
 from spikelora.holding import SparsityControlCallback
 from spikelora.observe import gates, refuse_data_parallel, whole
 from spikelora.sparsity import SPARSITY_FILE, SparsityMeter, SparsityReport
@@ -43,6 +44,11 @@ class SparsityCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer) -> None:
+        if not isinstance(trainer, Trainer):
+            raise SpikeLoraError(
+                f"`trainer` must be the trainer that the callback is added to, got a {type(trainer).__name__}: "
+                "`trainer.add_callback(SparsityCallback(trainer))`."
+            )
         refuse_data_parallel(trainer.args.n_gpu)
         self._trainer = trainer
         self._model = trainer.model
