@@ -524,7 +524,7 @@ class TestTheFirstAdapters:
         first = next(
             name for name in expected.state_dict() if name.endswith("v_threshold.default") or "v_threshold" in name
         )
-        expected.get_parameter(first).data.fill_(0.1)  # `trained` gave it another one
+        expected.get_buffer(first).fill_(0.1)  # `trained` gave it another one
         assert torch.equal(loaded(TOKENS).logits, expected(TOKENS).logits)
 
 

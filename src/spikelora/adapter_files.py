@@ -1,6 +1,7 @@
 """What a saved adapter has to hold, so that nothing loads but the adapter that was trained; and what its card says."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -120,6 +121,25 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
                     f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}; "
                     f"a threshold is one finite number and tau is one above 1. {_REMEDY}"
                 )
+    _warn_of_rounded(tensors, modules)
+
+
+def _warn_of_rounded(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
+    """Warn of numbers of neurons in half precision that are no short ones, as 0.10009766 in bfloat16 for 0.1."""
+    rounded = []
+    for name in (module + symbol for module in modules for symbol in _NEURON):
+        dtype, value = tensors[name].dtype, tensors[name].item()
+        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+        before = next((number for number in shorter if torch.tensor(number, dtype=dtype).item() == value), value)
+        if dtype in (torch.float16, torch.bfloat16) and before != value:
+            rounded.append(f"`{name}`, which is {value:.8g} and was probably {before:g}")
+    if rounded:
+        warnings.warn(
+            f"Somebody has rounded numbers of neurons in the adapter's file to half precision, {len(rounded)} of them, "
+            f"such as {rounded[0]}. Load the adapter that training saved, or calibrate its thresholds again.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _check_rank(module: str, A: Tensor, B: Tensor) -> None:
