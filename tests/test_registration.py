@@ -1,13 +1,16 @@
 import copy
 import importlib.metadata
+import inspect
 import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
-from peft import LoraConfig, PeftType, get_peft_model
+from accelerate.utils import fsdp_utils
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -255,3 +258,29 @@ def test_what_is_wrapped_is_wrapped_once(owner, name):
     register()
     guard_trainers()
     assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__")
+
+
+CHANGED = (PeftConfig, PeftModel, hotswap, PeftAdapterMixin, CallbackHandler, fsdp_utils)
+
+
+def test_the_table_of_what_is_changed_in_other_packages():
+    _, _, section = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().partition("in other packages\n")
+    rows = [row for row in section.partition("\n## ")[0].splitlines() if row.startswith("| `")]
+    listed = {name for row in rows for name in re.findall("`([^`]+)`", row.split(" | ")[0])}
+    functions = {
+        f"{place(owner)}.{name}": getattr(value, "__func__", value)
+        for owner in CHANGED
+        for name, value in vars(owner).items()
+    }
+    ours = {name for name, f in functions.items() if inspect.isfunction(f) and "spikelora" in f.__code__.co_filename}
+    added = {"peft.PeftType.SPIKELORA", "peft.SpikeLoraConfig", "peft.SpikeLoraModel"}
+    added |= {"peft.utils.hotswap.CONFIG_KEYS_TO_CHECK"}
+    once_imported = {"trl.trainer.callbacks.SyncRefModelCallback._sync_target_model"}
+    assert listed == ours | added | once_imported
+
+
+def place(owner):
+    """Where users find a class or a module."""
+    if inspect.ismodule(owner):
+        return owner.__name__
+    return f"peft.{owner.__name__}" if hasattr(peft, owner.__name__) else f"{owner.__module__}.{owner.__name__}"
