@@ -163,7 +163,8 @@ def test_a_trained_adapter_settles_in_rounds(monkeypatch):
 
     with monkeypatch.context() as once:
         once.setattr(adapt, "_MAX_ROUNDS", 1)
-        found = calibrate_thresholds(model, BATCHES)
+        with pytest.warns(RuntimeWarning, match=r"still off the target 0\.9: .*fc2` by \+0\.\d{3}"):
+            found = calibrate_thresholds(model, BATCHES)
     assert found.rounds == 1
     assert furthest() > 0.05
     assert furthest() == pytest.approx(max(map(abs, found.off.values())))

@@ -101,7 +101,7 @@ def two_forwards(path):
     rows = torch.tensor([row["input_ids"] for row in ROWS[:2]])
     with force_path(Path[path]):
         sum(wrapped(input_ids=row[None]).logits.square().mean() for row in rows).backward()
-    return [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+    return [p.grad.flatten()[:8].tolist() for p in model.parameters() if p.grad is not None]
 
 
 def uneven_work():
@@ -200,7 +200,7 @@ def test_two_forwards_and_one_backward(runs, path):
     alone = runs[1][1][0][path]
     assert len(alone) == 24
     for seen in runs[1][2]:
-        assert seen[path] == pytest.approx(alone, rel=1e-5)
+        torch.testing.assert_close(torch.tensor(seen[path]), torch.tensor(alone), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.compatibility("Many processes", "`SparsityMeter`")

@@ -474,13 +474,14 @@ def test_a_copy_by_parameters_has_the_thresholds(kind, small, tokenizer, tmp_pat
 
 
 @works("Trainers", "TRL: `sync_ref_model`")
-def test_a_reference_model_that_follows_has_the_thresholds(small, tokenizer, tmp_path):
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_reference_model_that_follows_has_the_thresholds(alpha, small, tokenizer, tmp_path):
     model = load(small)
     model.add_adapter(config(v_threshold=0.3))
     trainer = DPOTrainer(
         model=model,
         ref_model=copy.deepcopy(model),
-        args=arguments(DPOConfig, tmp_path, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0),
+        args=arguments(DPOConfig, tmp_path, sync_ref_model=True, ref_model_sync_steps=3, ref_model_mixup_alpha=alpha),
         train_dataset=Dataset.from_dict(PAIRS),
         processing_class=tokenizer,
     )
@@ -488,7 +489,9 @@ def test_a_reference_model_that_follows_has_the_thresholds(small, tokenizer, tmp
         if isinstance(gate, SpikeGate):
             gate.v_threshold.fill_(0.02)
     trainer.train()
-    assert torch.equal(logits(trainer.ref_model), logits(model))
+    values = {gate.v_threshold.item() for gate in trainer.ref_model.modules() if isinstance(gate, SpikeGate)}
+    assert values == {pytest.approx(0.3 + alpha * (0.02 - 0.3))}
+    assert torch.equal(logits(trainer.ref_model), logits(model)) == (alpha == 1)
     assert not torch.equal(logits(model), logits(load(small)))
 
 

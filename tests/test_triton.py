@@ -38,7 +38,7 @@ def test_in_a_process_of_its_own(prefix, interpret, tmp_path):
     ours = {"TRITON_INTERPRET", "PYTEST_ADDOPTS"}
     env = {k: v for k, v in os.environ.items() if k not in ours} | interpret | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", __file__, "-o", f"python_functions={prefix}*", "-p", "no:cacheprovider"]
-    # The interpreters of triton 3.5 and 3.6 make numbers of arrays as NumPy deprecates it.
+    # The interpreter of triton 3.6 makes numbers of arrays as NumPy deprecates it.
     command += ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning:triton.runtime.interpreter"]
 
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])

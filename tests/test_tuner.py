@@ -13,6 +13,7 @@ from peft import EvaConfig, LoraConfig, LoraModel, PeftModel, get_peft_model, in
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners import lora
 from peft.utils.error import NoMatchingPeftModuleError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     MambaConfig,
@@ -134,7 +135,8 @@ class TestFixedNeuron:
     """`learn_threshold=False` must stay false; the obvious builds train it all the same."""
 
     def frozen(self, model) -> bool:
-        return not any(p.requires_grad for gate in gates(model) for p in gate.parameters())
+        numbers = [number for gate in gates(model) for number in (gate.v_threshold, gate.tau)]
+        return len(numbers) >= 24 and not any(isinstance(n, nn.Parameter) or n.requires_grad for n in numbers)
 
     def test_through_everything_that_touches_requires_grad(self, opt):
         model = spiking(opt.to(torch.bfloat16))
@@ -172,12 +174,45 @@ class TestFixedNeuron:
         assert torch.equal(model(TOKENS).logits, expected)
         assert self.frozen(model)
 
+    @pytest.mark.parametrize("way", ["mixed batch", "saving", "looked at before", "cast"])
+    def test_a_copy_by_parameters_however_it_is_used(self, way, opt, tmp_path):
+        model = spiking(opt, v_threshold=0.03, target_modules=["q_proj", "v_proj"])
+        for gate in gates(model):
+            gate.v_threshold.fill_(0.05)
+        model.add_adapter("ref", model.peft_config["default"])
+        if way == "looked at before":
+            model.set_adapter("ref")
+            model.set_adapter("default")
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+                if way == "cast":  # as TRL does on quantised bases, of what is trained
+                    parameter.data = parameter.data.bfloat16()
+        if way == "mixed batch":
+            assert torch.equal(model(TOKENS, adapter_names=["ref", "ref"]).logits, model(TOKENS).logits)
+        elif way == "saving":
+            model.save_pretrained(tmp_path, selected_adapters=["ref"])
+            tensors = load_file(tmp_path / "ref" / "adapter_model.safetensors")
+            assert {t.item() for n, t in tensors.items() if "threshold" in n} == {torch.tensor(0.05).item()}
+        else:
+            model.set_adapter("ref")
+        values = {layer.lora_gate["ref"].v_threshold.item() for layer in spiking_layers(model)}
+        assert values == {torch.tensor(0.05).item()}
+
+    def test_a_changed_number_does_not_come_back_from_the_meta_device(self, opt):
+        gate = gates(spiking(opt, v_threshold=0.03))[0]
+        assert gate.to("meta").to("cpu").v_threshold.item() == torch.tensor(0.03).item()
+        gate.v_threshold.fill_(0.5)
+        with pytest.raises(NotImplementedError, match="meta tensor"):
+            gate.to("meta").to("cpu")
+
     def test_another_adapter_of_the_same_configuration_begins_as_configured(self, opt):
         model = spiking(opt, v_threshold=0.03)
         for gate in gates(model):
             gate.v_threshold.fill_(0.5)
         model.add_adapter("other", model.peft_config["default"])
         model.set_adapter("other")
+        assert not any(layer.lora_gate["other"].v_threshold.item() == 0.5 for layer in spiking_layers(model))
         values = {layer.lora_gate["other"].v_threshold.item() for layer in spiking_layers(model)}
         assert values == {torch.tensor(0.03).item()}
 

@@ -31,7 +31,7 @@ class Calibration(dict[str, float]):
     Attributes:
         rounds: how often they were set.
         sparsity: share of silent elements over all modules, on the calibration data with the last thresholds.
-        off: by module, how far its own sparsity is from the target.
+        off: by module, its own sparsity minus the target.
     """
 
     def __init__(self, thresholds: Mapping[str, float], rounds: int, sparsity: float, off: dict[str, float]) -> None:
@@ -53,8 +53,8 @@ def calibrate_thresholds(
 
     Args:
         model: a model with spiking adapters; those that are active are calibrated.
-        batches: the model's keyword arguments, batch by batch, attention masks among them; used 2 to 9 times, for
-            which an iterator is kept as a list.
+        batches: the model's keyword arguments, batch by batch, attention masks among them. They are used 2 to 9
+            times; an iterator is turned into a list.
         target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
 
     Returns:
@@ -69,19 +69,29 @@ def calibrate_thresholds(
     check_target("target_sparsity", target_sparsity)
     before = {gated: gated.gate.v_threshold.detach().clone() for gated in gates(model)}
     batches = repeatable(batches)
+    found: dict[Gated, float] = {}
     try:
         for rounds in range(_MAX_ROUNDS + 1):
             sketches, counts = _look(model, batches, f"calibrating, round {rounds + 1}" if rounds else "calibrating")
             off = {gated: (silent / n) - target_sparsity for gated, (silent, n) in counts.items()}
             if rounds == _MAX_ROUNDS or (rounds and all(abs(distance) <= MAX_MISS for distance in off.values())):
                 break
-            found = _thresholds(sketches, target_sparsity)
-            if not rounds:
-                warn_of_unreached(model, found, "their thresholds stay as they are")
+            found |= _thresholds(sketches, target_sparsity)
             _set(found)
     except BaseException:
-        _set(before)
+        with torch.no_grad():
+            for gated, v_threshold in before.items():
+                gated.gate.v_threshold.copy_(v_threshold)
         raise
+    warn_of_unreached(model, found, "their thresholds stay as they are")
+    missed = [f"`{name}` by {d:+.3f}" for name, d in _by_module(off).items() if abs(d) > MAX_MISS]
+    if missed:
+        warnings.warn(
+            f"After {rounds} rounds these modules are still off the target {target_sparsity:g}: {', '.join(missed)}. "
+            "Calibrate again, or on more varied data.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     silent, n_elements = (sum(numbers) for numbers in zip(*counts.values(), strict=True))
     return Calibration(_by_module(found), rounds, silent / n_elements, _by_module(off))
 
@@ -129,9 +139,9 @@ def _thresholds(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict
 
 
 @torch.no_grad()
-def _set(thresholds: Mapping[Gated, float | Tensor]) -> None:
+def _set(thresholds: Mapping[Gated, float]) -> None:
     for gated, v_threshold in thresholds.items():
-        gated.gate.v_threshold.copy_(torch.as_tensor(v_threshold))
+        gated.gate.v_threshold.fill_(v_threshold)
 
 
 def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:

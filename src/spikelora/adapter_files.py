@@ -125,11 +125,11 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _warn_of_rounded(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
-    """Warn of numbers of neurons in half precision that are no short ones, as 0.10009766 in bfloat16 for 0.1."""
+    """Warn of numbers in half precision that look like rounded decimals, as 0.10009766 in bfloat16 like 0.1."""
     rounded = []
     for name in (module + symbol for module in modules for symbol in _NEURON):
         dtype, value = tensors[name].dtype, tensors[name].item()
-        shorter = (float(f"{value:.{digits}g}") for digits in range(1, 9))
+        shorter = (float(f"{value:.{digits}g}") for digits in (1, 2))
         before = next((number for number in shorter if torch.tensor(number, dtype=dtype).item() == value), value)
         if dtype in (torch.float16, torch.bfloat16) and before != value:
             rounded.append(f"`{name}`, which is {value:.8g} and was probably {before:g}")

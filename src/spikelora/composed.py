@@ -1,11 +1,12 @@
 """The gate for all of autograd: `torch.func`, forward-mode differentiation and a second backward.
 
-The neuron and the fast paths have a backward of their own for an ordinary training, which takes part in none of these.
+The neuron and the fast paths have a backward of their own for an ordinary training. It takes part in none of these.
 Here the gate is composed of torch's operations, which differentiate in every way and as often as asked.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ def composed_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, s
 
     `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives.
     """
-    v = (a.float() if a.dtype in (torch.float16, torch.bfloat16) else a) / tau
-    spikes = v >= v_threshold
-    integral = torch.atan(math.pi / 2 * surrogate_alpha * (v - v_threshold)) / math.pi
-    spike = spikes + (integral - integral.detach())
+    half = a.dtype in (torch.float16, torch.bfloat16)
     is_finite = a.isfinite()
-    product = (a.masked_fill(~is_finite, 0) * spike).to(a.dtype)
-    return torch.where(is_finite, product, torch.where(spikes | a.isnan(), a, 0))
+    finite_a = a.masked_fill(~is_finite, 0)
+    spikes = (a.float() if half else a) / tau >= v_threshold
+    u = (finite_a.float() if half else finite_a) / tau - v_threshold
+    integral = torch.atan(math.pi / 2 * surrogate_alpha * u) / math.pi
+    product = finite_a * (spikes + (integral - integral.detach()))
+    return torch.where(is_finite, product.to(a.dtype), torch.where(spikes | a.isnan(), a, 0))
 
 
 def is_differentiated_again() -> bool:
@@ -36,8 +38,13 @@ def is_differentiated_again() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def gradients(output: Tensor, inputs: Sequence, needs: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
-    """The gradients of `output` by those inputs that need one, differentiable themselves; None for the others."""
-    needed = [t for t, need in zip(inputs, needs, strict=False) if need]
-    found = iter(torch.autograd.grad(output, needed, grad, create_graph=True, materialize_grads=True))
-    return [next(found) if need else None for _, need in zip(inputs, needs, strict=False)]
+def gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Any], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` by those inputs that need one, differentiable themselves; None for others."""
+    # Other names for the inputs, at which the way back stops: one of them may have been computed from another.
+    inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+    needed = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = torch.autograd.grad(function(*inputs), needed, grad, create_graph=True, materialize_grads=True)
+    of_needed = iter(found)
+    return [next(of_needed) if need else None for need in needs]

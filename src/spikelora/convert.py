@@ -1,6 +1,7 @@
 """From a trained LoRA to SpikeLoRA, and from SpikeLoRA to a LoRA that can be merged; both say what is lost."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -44,8 +45,8 @@ def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_spa
 
     Args:
         model: a `PeftModel` with one plain LoRA adapter, not merged.
-        batches: the model's keyword arguments, batch by batch, attention masks among them; used 4 to 11 times,
-            for which an iterator is kept as a list.
+        batches: the model's keyword arguments, batch by batch, attention masks among them. They are used
+            4 to 11 times; an iterator is turned into a list.
         target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
 
     Returns:
@@ -256,7 +257,7 @@ def _print_loss(moments: dict[Gated, Moments], calibration: Calibration, target_
         B = _B(gated)[1] * layer.scaling[gated.adapter]
         lost, whole = moment.distance(B, B), moment.linear(B)
         lost_overall, whole_overall = lost_overall + lost, whole_overall + whole
-        sparsity = target_sparsity + calibration.off[gated.module]
+        sparsity = target_sparsity + calibration.off.get(gated.module, math.nan)
         print(f"  {gated.module}: {lost_share(lost, whole):.4f} at sparsity {sparsity:.4f}")
     print(f"  overall: {lost_share(lost_overall, whole_overall):.4f} at sparsity {calibration.sparsity:.4f}")
 

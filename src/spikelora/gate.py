@@ -17,7 +17,7 @@ class SpikeGate(NeuronParameters):
         super().__init__(v_threshold, tau, learn_threshold, learn_tau)
         self.surrogate_alpha = surrogate_alpha
         self.observers: tuple[Callable[[Tensor], None], ...] = ()  # called with `a` in every forward, see `observe`
-        self.made_like: str | None = None  # the adapter whose configuration it was made with, until it is first active
+        self.made_like: str | None = None  # the adapter whose configuration it has, see `complete_copy`
 
     def forward(self, a: Tensor) -> Tensor:
         for observe in self.observers:

@@ -86,7 +86,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         # A checkpoint of a training that nothing held has thresholds that are to be set as at a start.
         self._is_new = state.global_step == 0 or type(self).__name__ not in state.stateful_callbacks
         if not self._is_new and all(self._is_at_start(gated, configs[gated.adapter]) for gated in self._targets):
-            # accelerate's checkpoints under FSDP2 leave out what is not trained by gradients.
+            # Checkpoints of FSDP2 that earlier versions wrote have no thresholds that were held.
             raise SpikeLoraError(
                 "The thresholds are those before the training, not the checkpoint's: load them, too, by "
                 "`model.load_adapter(checkpoint, adapter_name, is_trainable=True)` before the Trainer resumes."

@@ -21,7 +21,7 @@ def guard_trainers() -> None:
     """Wrap what every trainer calls when it is made; doing so again changes nothing."""
     # At the end of `Trainer.__init__`, before TRL's trainers start their engine of vLLM.
     CallbackHandler.on_init_end = _fit_for_gates(original(CallbackHandler.on_init_end))
-    fsdp_utils.fsdp2_load_full_state_dict = _with_whole_numbers(original(fsdp_utils.fsdp2_load_full_state_dict))
+    fsdp_utils.fsdp2_load_full_state_dict = _with_fixed_numbers(original(fsdp_utils.fsdp2_load_full_state_dict))
 
 
 def _fit_for_gates(on_init_end):
@@ -42,19 +42,23 @@ def _fit_for_gates(on_init_end):
                 for tensor in module.parameters():
                     tensor.data = tensor.data.float()
             elif isinstance(module, SpikingLayer):
-                for name in module.lora_gate:
+                for name, gate in module.lora_gate.items():
                     module.complete_copy(name)
+                    gate.made_like = None  # what is equal from now on, the training makes so
         _guard_synchronising()
         return on_init_end(self, args, state, control, **kwargs)
 
     return fit_for_gates
 
 
-def _with_whole_numbers(load_full_state_dict):
-    """accelerate's way to hand out what the first process has loaded, which takes everything saved for sharded."""
+def _with_fixed_numbers(load_full_state_dict):
+    """accelerate's function that hands out what the first process has loaded.
+
+    It assumes that every entry of a state dict is sharded. Fixed numbers are not, and are handed out here.
+    """
 
     @functools.wraps(load_full_state_dict)
-    def with_whole_numbers(accelerator: Any, model: nn.Module, full_sd: dict, *args: Any, **kwargs: Any) -> Any:
+    def with_fixed_numbers(accelerator: Any, model: nn.Module, full_sd: dict, *args: Any, **kwargs: Any) -> Any:
         fixed = [(name, gate, dict(gate.named_buffers())) for name, gate in model.named_modules() if _is_gate(gate)]
         for _, gate, numbers in fixed:
             gate._non_persistent_buffers_set.update(numbers)
@@ -70,7 +74,7 @@ def _with_whole_numbers(load_full_state_dict):
                 gate.register_buffer(symbol, number)
         return result
 
-    return with_whole_numbers
+    return with_fixed_numbers
 
 
 def _guard_synchronising() -> None:

@@ -133,6 +133,7 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.lora_gate:  # neither the base nor an adapter of other layers
+                self.complete_copy(name)
                 rows = [row for row, of_row in enumerate(adapter_names) if of_row == name]
                 part = x[rows]
                 if part.is_floating_point():
@@ -147,18 +148,18 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
                 self.complete_copy(name)
 
     def complete_copy(self, adapter_name: str) -> None:
-        """Give an adapter that somebody made a copy of another, by its parameters alone, the other's fixed numbers.
+        """Copy the fixed numbers as well, where an adapter was made a copy of another by its parameters alone.
 
-        TRL makes its references so: an adapter of the trained one's configuration, then parameter by parameter. It is
-        looked at once, when it becomes active or a training begins: a copy has the same A and B.
+        TRL makes its references so: an adapter with the configuration of the trained one, then parameter by parameter.
+        A copy is one that was made with the same configuration object and has the same A and B.
         """
         gate = self.lora_gate[adapter_name]
-        source, gate.made_like = gate.made_like, None
-        if source not in self.lora_gate:
+        if gate.made_like not in self.lora_gate:
             return
-        pairs = list(zip(self.low_rank(adapter_name), self.low_rank(source), strict=True))
-        if not any(own.is_meta or other.is_meta for own, other in pairs) and all(torch.equal(*pair) for pair in pairs):
-            gate.load_state_dict(dict(self.lora_gate[source].named_buffers()), strict=False)
+        pairs = zip(self.low_rank(adapter_name), self.low_rank(gate.made_like), strict=True)
+        if all(_are_alike(*pair) for pair in pairs):
+            gate.load_state_dict(dict(self.lora_gate[gate.made_like].named_buffers()), strict=False)
+            gate.made_like = None
 
     merge = get_delta_weight = refuse_merging
 
@@ -306,6 +307,14 @@ def __getattr__(name: str) -> type[SpikingLayer]:
             globals()[name] = layer_type
             return layer_type
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _are_alike(own: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, or were before TRL cast one of them to bfloat16."""
+    if own.is_meta or other.is_meta or own.shape != other.shape:
+        return False
+    lower = min(own.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(own.to(lower), other.to(lower))
 
 
 def is_grouped(layer: Any) -> bool:

@@ -4,6 +4,7 @@ Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. Tensors that broadcast ma
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,8 +68,8 @@ class _SpikeGate(torch.autograd.Function):
         a, *tensors = ctx.saved_tensors
         v_threshold, tau = (t if n is None else n for t, n in zip(tensors, ctx.numbers, strict=True))
         if is_differentiated_again():
-            gated = composed_gate(a, v_threshold, tau, ctx.surrogate_alpha)
-            return *gradients(gated, (a, v_threshold, tau), ctx.needs_input_grad, grad), None
+            gate = partial(composed_gate, surrogate_alpha=ctx.surrogate_alpha)
+            return *gradients(gate, (a, v_threshold, tau), ctx.needs_input_grad[:3], grad), None
         v = charge(a, tau)
         spikes = v >= v_threshold
         # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.

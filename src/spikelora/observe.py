@@ -124,7 +124,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """
     found = gates(model)
     for gated in found:
-        if gated.gate.tau.is_meta:
+        if gated.gate.tau.is_meta or gated.gate.v_threshold.is_meta:
             raise SpikeLoraError(
                 f"The neuron of `{gated.module}` is on the meta device, as what accelerate offloads is between two "
                 "runs: load the model where all of it has a device, without offloading to CPU or disk."

@@ -26,6 +26,7 @@ class NeuronParameters(nn.Module):
         self.learn_threshold = learn_threshold
         self.learn_tau = learn_tau
         self.configured = {"v_threshold": v_threshold, "tau": tau}
+        self._was_changed = False  # before it went to the meta device
         for name, is_learned in (("v_threshold", learn_threshold), ("tau", learn_tau)):
             tensor = torch.full((1,), self.configured[name], dtype=torch.float32)
             if is_learned:
@@ -46,7 +47,10 @@ class NeuronParameters(nn.Module):
         if self.learn_tau:
             tau = _above_one(tau.float())
         if not v_threshold.dtype == tau.dtype == torch.float32:
-            raise SpikeLoraError("`v_threshold` and `tau` were cast, but have to stay float32: leave SpikeGate out.")
+            raise SpikeLoraError(
+                f"`v_threshold` and `tau` were cast to {v_threshold.dtype} and {tau.dtype}, but have to stay float32: "
+                "take FSDP2 where FSDP1 casts buffers, and leave `SpikeGate` out where you cast by hand."
+            )
         return v_threshold, tau
 
     def _apply(self, fn, recurse=True):
@@ -54,14 +58,20 @@ class NeuronParameters(nn.Module):
             try:
                 moved = fn(tensor)
             except NotImplementedError:
-                if not tensor.is_meta or isinstance(tensor, nn.Parameter):
+                if not tensor.is_meta or isinstance(tensor, nn.Parameter) or self._was_changed:
                     raise
-                # PEFT moves what has no parameters on the meta device. A fixed number is known there, too.
+                # PEFT moves what has no parameters from the meta device. There, a fixed number is as configured.
                 moved = fn(torch.empty_like(tensor, device="cpu"))
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         were_meta = [name for name in self.configured if getattr(self, name).is_meta]
+        before = dict(self._buffers)
         super()._apply(keep_dtype, recurse)
+        for name, number in before.items():
+            if number is not None and not number.is_meta and getattr(self, name).is_meta:
+                self._was_changed |= not torch.equal(
+                    number.cpu(), torch.tensor([self.configured[name]], dtype=torch.float32)
+                )
         with torch.no_grad():
             for name in were_meta:
                 if not getattr(self, name).is_meta:  # an empty tensor, which holds what the memory held
@@ -76,7 +86,7 @@ class NeuronParameters(nn.Module):
 
 def _above_one(tau: Tensor) -> Tensor:
     """`max(tau, MIN_TAU)`, with a gradient at the floor."""
-    if is_transformed():  # where a gradient has no sign to look at: at the floor every one passes
+    if is_transformed():  # the sign of a gradient cannot be tested there, so that each passes at the floor
         return torch.where(tau > MIN_TAU, tau, MIN_TAU + (tau - tau.detach()))
     above_one: Tensor = _AboveOne.apply(tau)
     return above_one

@@ -116,6 +116,9 @@ class SpikeLoraModel(LoraModel):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        for layer in model.modules():
+            if isinstance(layer, SpikingLayer) and adapter_name in layer.lora_gate:
+                layer.complete_copy(adapter_name)  # in place, and `state_dict` sees it
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT goes by the names of modules, in which FSDP's activation checkpointing puts a part, and finds nothing. It
         # has left out the tensors of other adapters already.

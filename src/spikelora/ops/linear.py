@@ -168,13 +168,15 @@ def _composed_backward(
             "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen: "
             "train `lora_A` as well, or force the plain path, `with force_path(Path.PLAIN)`."
         )
-    with _without_autocast(grad_y):
+
+    def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
         dropped = x if mask is None else x * mask.view(x.shape) * _kept(dropout)
         gated = composed_gate(F.linear(dropped.to(A.dtype), A), v_threshold, tau, surrogate_alpha)
         y = (F.linear(gated, B) * scaling).to(grad_y.dtype)
-        if weight is not None:
-            y = y + F.linear(x, weight.to(x.dtype))
-        return tuple(gradients(y, (x, A, B, v_threshold, tau), (need_x, *needs), grad_y))
+        return y if weight is None else y + F.linear(x, weight.to(x.dtype))
+
+    with _without_autocast(grad_y):
+        return tuple(gradients(forward, (x, A, B, v_threshold, tau), (need_x, *needs), grad_y))
 
 
 def _as_new(y: Tensor, x: Tensor) -> Tensor:
@@ -271,8 +273,9 @@ def _kept(dropout: float) -> float:
 def _backend(y: Tensor, A: Tensor) -> ModuleType:
     """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
 
-    At every size: also where the GPU waits for the host they are the cheaper, as a layer launches 3 forward and 7 in a
-    training step, the base's included, where plain torch launches 4 and 16 (`make bench ARGS="--only host"`).
+    The kernels are taken at every size. Where the GPU waits for the host, what counts is the number of launches: with
+    the base's own, 3 in a forward and 7 in a training step, for 4 and 16 by plain torch (`make bench ARGS="--only
+    host"`).
     """
     if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
         return torch_backend
