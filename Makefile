@@ -39,6 +39,8 @@ study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real s
 QUANTISED := build/quantised
 WITH_QUANTISED = PYTHONPATH=$(QUANTISED) $(TEST) -W ignore::DeprecationWarning
 OLDEST := build/oldest
+NEWEST := build/newest
+SET ?= oldest
 ANOTHER := build/torch-$(TORCH)
 
 $(QUANTISED)/.ready: $(READY)
@@ -58,6 +60,10 @@ $(OLDEST)/.ready: $(READY)
 		certifi==2026.10.19.post1 httpcore==1.0.9 httpx==0.28.1
 	touch $@
 
+$(NEWEST)/.ready: $(READY)
+	$(BIN)/python -m pip install --no-deps --target $(NEWEST) transformers==5.24.0
+	touch $@
+
 # torch brings its own triton; the interpreter of triton 3.6 fails with NumPy 2.4.
 $(ANOTHER)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(ANOTHER)
@@ -68,10 +74,11 @@ $(ANOTHER)/.ready: pyproject.toml constraints.txt
 	$(ANOTHER)/bin/python -m pip install -c $(ANOTHER)/constraints.txt --no-deps spikingjelly
 	touch $@
 
-# All tests with the oldest PEFT and transformers, or with another torch: make versions TORCH=2.10.0 PYTHON=python3.13
+# All tests with the oldest PEFT and transformers, with the newest transformers (SET=newest), or with another torch
+# (TORCH=2.10.0 PYTHON=python3.13).
 versions: BIN := $(if $(TORCH),$(ANOTHER)/bin,.venv/bin)
-versions: $(if $(TORCH),$(ANOTHER),$(OLDEST))/.ready  ## all tests with other versions; writes docs/versions.json
-	$(if $(TORCH),,PYTHONPATH=$(OLDEST)) $(TEST) -p tests.compatibility
+versions: $(if $(TORCH),$(ANOTHER),build/$(SET))/.ready  ## all tests with other versions; writes docs/versions.json
+	$(if $(TORCH),,PYTHONPATH=build/$(SET)) $(TEST) -p tests.compatibility
 
 conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
 	$(BIN)/python -m tests.conformance $(ARGS)

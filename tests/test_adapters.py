@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import spiking, tiny_gpt2, tiny_llama, tiny_opt
+from conftest import spiking, takes_adapters, tiny_gpt2, tiny_llama, tiny_opt
 from peft import (
     AutoPeftModelForCausalLM,
     LoHaConfig,
@@ -179,6 +179,7 @@ class TestTransformersMixin:
 
     @works("Many adapters", "transformers: `add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`")
     @pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
+    @takes_adapters
     def test_adapters_come_and_go(self, make_base):
         model, base = make_base(), logits(make_base())
         torch.manual_seed(0)
@@ -207,6 +208,7 @@ class TestTransformersMixin:
         assert not [name for name in model.state_dict() if "lora_" in name]
 
     @works("Many adapters", "transformers: `add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`")
+    @takes_adapters
     def test_fixed_thresholds_stay_fixed_and_exact(self):
         model = tiny_opt().to(torch.bfloat16)
         model.add_adapter(config(v_threshold=0.1), "first")
@@ -217,6 +219,7 @@ class TestTransformersMixin:
         assert thresholds(model) == [torch.tensor(0.1).item(), torch.tensor(0.3).item()]
 
     @works("Many adapters", "transformers: `load_adapter`, `save_pretrained`, `from_pretrained`")
+    @takes_adapters
     def test_saved_by_one_loaded_by_the_other(self, tmp_path):
         tiny_opt().save_pretrained(tmp_path / "base")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -308,6 +311,7 @@ class TestHotswap:
         refused="transformers swaps LORA only; delete and load, or swap in a `PeftModel`",
     )
     @pytest.mark.parametrize("enabled", [False, True])
+    @takes_adapters
     def test_in_transformers_names_the_ways(self, enabled, tmp_path):
         first, before = save(tmp_path / "first", 1)
         second, expected = save(tmp_path / "second", 2)
@@ -322,6 +326,7 @@ class TestHotswap:
         model.load_adapter(str(second), "default")
         assert torch.equal(logits(model), expected)
 
+    @takes_adapters
     def test_in_transformers_of_another_method_says_what_it_said(self):
         model = tiny_opt()
         model.add_adapter(LoHaConfig(target_modules=["fc1"]), "default")
@@ -471,6 +476,7 @@ class TestOtherMethods:
     @works("Many adapters", "prompt learning around a model with an adapter put on by `add_adapter`")
     @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
     @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda config: config.peft_type.value)
+    @takes_adapters
     def test_prompts_around_a_spiking_model(self, prompts):
         def around(base, v_threshold=None):
             if v_threshold is not None:

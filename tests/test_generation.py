@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import spiking, tiny_gpt2, tiny_llama, tiny_opt
+from conftest import spiking, takes_adapters, tiny_gpt2, tiny_llama, tiny_opt
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -200,6 +200,7 @@ class TestPipelines:
         assert not torch.allclose(without, expected)
 
     @works("Generation", "pipelines: text generation")
+    @takes_adapters
     def test_a_model_that_took_the_adapter_itself(self, tokenizer):
         expected = self.model()
         model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)

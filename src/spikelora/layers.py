@@ -147,6 +147,17 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
             if name in self.lora_gate:
                 self.complete_copy(name)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        self.adapter_layer_names = lora.LoraLayer.adapter_layer_names  # without the gates
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        del self.adapter_layer_names
+        self.move_gate(adapter_name)
+
+    def move_gate(self, adapter_name: str) -> None:
+        """Move a gate to where its A is. PEFT itself would move one without parameters from the meta device."""
+        if adapter_name in self.lora_gate:
+            self.lora_gate[adapter_name].to(self.low_rank(adapter_name)[0].device)
+
     def complete_copy(self, adapter_name: str) -> None:
         """Copy the fixed numbers as well, where an adapter was made a copy of another by its parameters alone.
 

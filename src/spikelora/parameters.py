@@ -26,7 +26,6 @@ class NeuronParameters(nn.Module):
         self.learn_threshold = learn_threshold
         self.learn_tau = learn_tau
         self.configured = {"v_threshold": v_threshold, "tau": tau}
-        self._was_changed = False  # before it went to the meta device
         for name, is_learned in (("v_threshold", learn_threshold), ("tau", learn_tau)):
             tensor = torch.full((1,), self.configured[name], dtype=torch.float32)
             if is_learned:
@@ -55,23 +54,10 @@ class NeuronParameters(nn.Module):
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: Tensor) -> Tensor:
-            try:
-                moved = fn(tensor)
-            except NotImplementedError:
-                if not tensor.is_meta or isinstance(tensor, nn.Parameter) or self._was_changed:
-                    raise
-                # PEFT moves what has no parameters from the meta device. There, a fixed number is as configured.
-                moved = fn(torch.empty_like(tensor, device="cpu"))
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
 
         were_meta = [name for name in self.configured if getattr(self, name).is_meta]
-        before = dict(self._buffers)
         super()._apply(keep_dtype, recurse)
-        for name, number in before.items():
-            if number is not None and not number.is_meta and getattr(self, name).is_meta:
-                self._was_changed |= not torch.equal(
-                    number.cpu(), torch.tensor([self.configured[name]], dtype=torch.float32)
-                )
         with torch.no_grad():
             for name in were_meta:
                 if not getattr(self, name).is_meta:  # an empty tensor, which holds what the memory held

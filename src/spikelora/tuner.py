@@ -107,6 +107,17 @@ class SpikeLoraModel(LoraModel):
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT moves all that has no parameters on the meta device, which a gate may not have; it goes where its A is.
+        if not isinstance(new_module, SpikingLayer):  # when adapters are taken off
+            super()._replace_module(parent, child_name, new_module, child)
+            return
+        gates = new_module._modules.pop("lora_gate")
+        super()._replace_module(parent, child_name, new_module, child)
+        new_module._modules["lora_gate"] = gates
+        for adapter_name in new_module.lora_gate:
+            new_module.move_gate(adapter_name)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,

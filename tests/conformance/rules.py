@@ -17,44 +17,19 @@ REFUSALS: dict[str, str] = {
     "pickled adapter files": "is a pickle, which SpikeLoRA never loads",
 }
 
-_FLOAT32 = "asserts that the adapter has the base's dtype; a gate stays float32, as bfloat16 has no 0.1"
-_NOT_TRAINED = "asserts that all tensors of an adapter are trained; a gate's are not unless asked for"
 _MIXED = "needs PeftMixedModel, which takes a list of PEFT's own types"
 _BY_TYPE = "has PEFT build LoRA's own layers, or a config of type LORA; PEFT refuses the config, by its field `tau`"
 _NAMES = "asserts on the name of the type, the model or a layer's class"
 _COUNTS = "counts tensors or parameters, without the gates"
 _EMBEDDING = "asserts on LoRA's start of embeddings, A = 0, at which no gate would ever open"
 _EXPERTS = "PEFT turns targets among fused experts into `target_parameters`, for LoRA only"
-_LORA_FA = "LoRA-FA's optimizer takes every tensor named `lora_` for an A or a B"
 _INTRUDERS = "PEFT refuses: intruder dimensions are those of a merged weight"
-_TIMES_TEN = "multiplies all tensors of an adapter by 10, thresholds and time constants too, which silences the gates"
 _FILES = "expects a file to load, or another error, that is not whole, not of training or not for the model"
 _UNKNOWN_FIELDS = "expects unknown fields of a configuration to be dropped; they are refused"
 _SILENT = "draws or trains an adapter whose gates stay silent where the test looks, so that it changes nothing there"
 
 # The tests, and the reason.
 EXCLUSIONS: dict[str, str] = {
-    "test_custom_models.py::*::test_adapter_dtype_autocast[*-False-dtype0-*]": _FLOAT32,
-    "test_custom_models.py::*::test_adapter_dtype_autocast[*-False-dtype1-*]": _FLOAT32,
-    "*::test_add_adapter_no_autocast_adapter_dtype[dtype1-*]": _FLOAT32,
-    # T5 keeps some modules in float32, and then the test accepts float32.
-    "test_decoder_models.py::*::test_add_adapter_no_autocast_adapter_dtype[dtype0-*]": _FLOAT32,
-    "test_encoder_decoder_models.py::*::test_add_adapter_no_autocast_adapter_dtype[dtype0-*Bart*]": _FLOAT32,
-    "test_seq_classifier.py::*::test_add_adapter_no_autocast_adapter_dtype[dtype0-*]": _FLOAT32,
-    "test_token_classification_qa.py::*::test_add_adapter_no_autocast_adapter_dtype[dtype0-*]": _FLOAT32,
-    "test_custom_models.py::*::test_set_requires_grad[LoraConfig]": _NOT_TRAINED,
-    "test_custom_models.py::*::test_loading_model_requires_grad_set_correctly[*]": _NOT_TRAINED,
-    "test_custom_models.py::*::test_loading_model_with_modules_to_save_requires_grad_set_correctly[True-LoraConfig]": (
-        _NOT_TRAINED
-    ),
-    "test_custom_models.py::*::test_loading_model_with_trainble_tokens_requires_grad_set_correctly[True]": _NOT_TRAINED,
-    "*::test_training*_gradient_checkpointing[*]": _NOT_TRAINED,
-    "*::test_training*_layer_indexing[*]": _NOT_TRAINED,
-    "test_tuners_utils.py::*::test_model_requires_grad_model_large": _NOT_TRAINED,
-    "test_tuners_utils.py::*::test_model_requires_grad_model_small": _NOT_TRAINED,
-    "test_tuners_utils.py::*::test_requires_grad_irregular": _NOT_TRAINED,
-    "test_tuners_utils.py::*::test_requires_grad_large": _NOT_TRAINED,
-    "test_tuners_utils.py::*::test_requires_grad_small": _NOT_TRAINED,
     "test_mixed.py::*": _MIXED,
     "test_custom_models.py::*::test_add_adapter_rejects_duplicate_name_without_mutation[True]": _MIXED,
     "test_initialization.py::*::test_mixed_model_from_pretrained_low_cpu_mem_usage_works[cpu]": _MIXED,
@@ -73,8 +48,6 @@ EXCLUSIONS: dict[str, str] = {
     "test_tuners_utils.py::*::test_model_status_with_modules_to_save": _NAMES,
     "test_tuners_utils.py::*::test_model_status_with_trainable_tokens": _NAMES,
     "test_tuners_utils.py::*::test_peft_types_*": _NAMES,
-    "test_tuners_utils.py::*::test_model_with_injected_layers": _COUNTS,
-    "test_tuners_utils.py::*::test_nb_params_*": _COUNTS,
     "test_tuners_utils.py::*::test_prefixes_select_correct_state_dict_keys": _COUNTS,
     "test_initialization.py::*::test_lora_embedding_default": _EMBEDDING,
     "test_initialization.py::*::test_lora_embedding_gaussian": _EMBEDDING,
@@ -82,15 +55,10 @@ EXCLUSIONS: dict[str, str] = {
         "expects A of an embedding to move in three steps; it starts with B = 0 and moves by less than the tolerance"
     ),
     "test_integrations.py::*::test_qwen3_moe_*": _EXPERTS,
-    "test_lorafa.py::test_LoraFAOptimizer_step": _LORA_FA,
-    "test_lorafa.py::test_lorafa_init_embedding_target_module": _LORA_FA,
-    "test_lorafa.py::test_lorafa_respects_layer_specific_scaling_patterns": _LORA_FA,
-    "test_lorafa.py::test_lorafa_weight_decay_decoupled_*": _LORA_FA,
     "test_lora_intruders.py::*": _INTRUDERS,
     "test_lora_conversion.py::*::test_converted_lora_to_lora_works_and_warns": (
         "PEFT refuses, by a TypeError: the layers say that they cannot be converted"
     ),
-    "*::test_generate_with_mixed_adapter_batches[LoraConfig-config_kwargs1*]": _TIMES_TEN,
     "test_config.py::*::test_from_pretrained_forward_compatible[LoraConfig-*]": _UNKNOWN_FIELDS,
     "test_config.py::*::test_from_pretrained_forward_compatible_load_from_peft_config[LoraConfig-*]": _UNKNOWN_FIELDS,
     "test_config.py::*::test_from_pretrained_sanity_check[LoraConfig-*]": _UNKNOWN_FIELDS,
