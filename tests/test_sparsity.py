@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import TOKENS as SHARED
-from conftest import spiking, tiny_gpt2, tiny_opt
+from conftest import spiking, tiny_gpt2, tiny_llama, tiny_opt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -556,3 +556,18 @@ def test_a_meter_measures_once_at_a_time():
     meter = SparsityMeter(by_hand())
     with meter, pytest.raises(SpikeLoraError, match="is measuring already"):
         meter.__enter__()
+
+
+def test_padding_free_batches():
+    """Several texts in one row, whose positions start anew, count as each of them does in a row of its own."""
+    model = spiking(tiny_llama(), v_threshold=0.02)
+    texts = [torch.arange(3, 12), torch.arange(20, 25), torch.arange(40, 54)]
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    with torch.no_grad(), SparsityMeter(model) as meter:
+        model(input_ids=torch.cat(texts)[None], position_ids=positions, use_cache=False)
+    packed = meter.report()
+    with torch.no_grad(), SparsityMeter(model) as meter:
+        for text in texts:
+            model(input_ids=text[None], use_cache=False)
+    assert packed.tokens == 14 * 28
+    assert packed == meter.report()
