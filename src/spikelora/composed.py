@@ -38,6 +38,15 @@ def is_differentiated_again() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def as_saved(number: Tensor) -> Tensor:
+    """A neuron's number as a function saves it for its backward.
+
+    DDP writes a module's buffers anew in every forward, with the same values. Where two forwards come before a
+    backward, autograd of torch 2.10 and 2.11 takes that for a change; it does not look at `data`.
+    """
+    return number if number.requires_grad or torch.compiler.is_compiling() else number.data
+
+
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Any], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spikelora.composed import composed_gate, gradients, is_differentiated_again, is_transformed
+from spikelora.composed import as_saved, composed_gate, gradients, is_differentiated_again, is_transformed
 
 
 def charge(a: Tensor, tau: Tensor | float) -> Tensor:
@@ -58,7 +58,7 @@ class _SpikeGate(torch.autograd.Function):
     def forward(ctx, a, v_threshold, tau, surrogate_alpha):
         ctx.surrogate_alpha = surrogate_alpha
         ctx.numbers = [None if isinstance(t, Tensor) else t for t in (v_threshold, tau)]
-        ctx.save_for_backward(a, *(t if isinstance(t, Tensor) else None for t in (v_threshold, tau)))
+        ctx.save_for_backward(a, *(as_saved(t) if isinstance(t, Tensor) else None for t in (v_threshold, tau)))
         spikes = charge(a, tau) >= v_threshold
         # Selected, not multiplied: -inf * 0 would be NaN. A NaN of `a` itself stays visible.
         return torch.where(spikes | a.isnan(), a, 0)

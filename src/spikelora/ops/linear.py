@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikelora.composed import composed_gate, gradients, is_differentiated_again
+from spikelora.composed import as_saved, composed_gate, gradients, is_differentiated_again
 from spikelora.errors import SpikeLoraError
 from spikelora.ops import torch_backend
 
@@ -103,7 +103,8 @@ class _SpikeLinear(torch.autograd.Function):
         y = _linear(tokens, weight, bias)
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers = numbers
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau, weight)
+        neuron = as_saved(v_threshold), as_saved(tau)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron, weight)
         return y if tokens is x and not torch.compiler.is_compiling() else _as_new(y, x)
 
     @staticmethod
@@ -133,7 +134,8 @@ class _SpikeBranch(torch.autograd.Function):
             y = y.clone(memory_format=torch.contiguous_format)
         a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers, ctx.x_dtype = numbers, x.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, v_threshold, tau)
+        neuron = as_saved(v_threshold), as_saved(tau)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron)
         return _as_new(y, x) if torch.compiler.is_compiling() else y
 
     @staticmethod
