@@ -15,6 +15,7 @@ from spikelora.config import SpikeLoraConfig
 from spikelora.errors import SpikeLoraError
 from spikelora.gate import SpikeGate
 from spikelora.layers import SpikingLayer
+from spikelora.observe import unwrapped
 
 
 def guard_trainers() -> None:
@@ -69,7 +70,7 @@ def _with_fixed_numbers(load_full_state_dict):
                 gate._non_persistent_buffers_set.difference_update(numbers)
         for name, gate, numbers in fixed:
             for symbol in numbers:
-                number = full_sd[f"{name}.{symbol}"].to(accelerator.device)
+                number = full_sd[f"{unwrapped(name)}.{symbol}"].to(accelerator.device)
                 torch.distributed.broadcast(number, src=0)
                 gate.register_buffer(symbol, number)
         return result

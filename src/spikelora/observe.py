@@ -57,8 +57,7 @@ def gates(model: nn.Module) -> list[Gated]:
         layer, is_part, adapter = f".{name}".rpartition(".lora_gate.")
         if isinstance(gate, SpikeGate) and is_part:
             layer = layer.removeprefix(".")
-            # A checkpoint that FSDP puts around a layer, perhaps after a meter was made, is no part of its name.
-            module = layer.removeprefix("base_model.model.").replace("_checkpoint_wrapped_module.", "")
+            module = unwrapped(layer.removeprefix("base_model.model."))
             found.append(Gated(module, adapter, gate, model.get_submodule(layer)))
     if not found:
         raise SpikeLoraError(
@@ -66,6 +65,11 @@ def gates(model: nn.Module) -> list[Gated]:
             "`get_peft_model(model, SpikeLoraConfig(...))`, or load one with `PeftModel.from_pretrained`."
         )
     return found
+
+
+def unwrapped(name: str) -> str:
+    """A module's name as state dicts have it: without the checkpoint that FSDP puts around layers."""
+    return name.replace("_checkpoint_wrapped_module.", "")
 
 
 def refuse_data_parallel(n_gpu: int) -> None:
