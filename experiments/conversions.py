@@ -21,7 +21,11 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 from spikelora import from_lora, prune_ranks, to_lora
 
 sys.path.append(str(SCRIPT.parent))
-import spikelora_finetuning as example
+from options import EMBEDDED_MODEL, parse_options
+from results import measure
+from run_folder import last_checkpoint
+from spikelora_finetuning import load_base
+from texts import python_reference, split, tokenize
 
 RUNS = ROOT / "outputs" / "conversions"
 TARGETS = (0.5, 0.7, 0.9)  # of `from_lora`
@@ -41,10 +45,10 @@ class Conversions:
     """The example's model and rows, with its own functions."""
 
     def __init__(self) -> None:
-        self.options = example.parse_options([])
-        tokenizer = AutoTokenizer.from_pretrained(example.EMBEDDED_MODEL)
-        parts = example.split(example.python_reference(), self.options)
-        self.rows, self.held_out = (example.tokenize(part, tokenizer, self.options) for part in parts)
+        self.options = parse_options([])
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+        parts = split(python_reference(), self.options)
+        self.rows, self.held_out = (tokenize(part, tokenizer, self.options) for part in parts)
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
 
     def batches(self) -> list[dict[str, torch.Tensor]]:
@@ -53,10 +57,10 @@ class Conversions:
         return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in loaded]
 
     def load(self, adapter) -> PeftModel:
-        return PeftModel.from_pretrained(example.load_base(self.options), adapter).eval()
+        return PeftModel.from_pretrained(load_base(self.options), adapter).eval()
 
     def measure(self, model: PeftModel) -> dict:
-        return example.measure(model, self.held_out, self.collator, self.options, "held-out text")
+        return measure(model, self.held_out, self.collator, self.options, "held-out text")
 
     def loss(self, model: PeftModel) -> float:
         return self.measure(model)["loss"]
@@ -96,7 +100,7 @@ def main() -> None:
     metrics = finished({"compare_lora": True}, RUNS / "fixed")
     finished({"target_sparsity": 0.97}, RUNS / "held")
     work = Conversions()
-    lora = example.last_checkpoint(RUNS / "fixed" / "lora")
+    lora = last_checkpoint(RUNS / "fixed" / "lora")
     rows = [("LoRA", metrics["lora"]["loss"], ""), *(work.gated(lora, target) for target in TARGETS)]
     fixed, held = work.load(RUNS / "fixed"), work.load(RUNS / "held")
     rows += [work.spiking("`v_threshold` 0.1", fixed), work.merged(fixed)]

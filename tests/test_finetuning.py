@@ -1,5 +1,6 @@
 """The main job, run as a user runs it, in a process of its own."""
 
+import importlib
 import json
 import os
 import runpy
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from spikelora import SpikeLoraConfig
 
 FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
 SCRIPT = FOLDER / "spikelora_finetuning.py"
+sys.path.append(str(FOLDER))  # as where a script is run
 # Enough to see the loss fall, and no more.
 SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=24", "--save_step=8", "--eval_step=12"]
 
@@ -28,6 +31,7 @@ WITHOUT_SOCKETS = """
 import os, runpy, sys
 sys.addaudithook(lambda event, arguments: event.startswith("socket.") and os._exit(99))
 sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -44,7 +48,9 @@ def run(*flags: str, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def script() -> dict:
-    return runpy.run_path(str(SCRIPT))
+    """What the script and the files beside it define, by name."""
+    beside = (importlib.import_module(name) for name in ("options", "texts", "results", "run_folder"))
+    return dict(ChainMap(runpy.run_path(str(SCRIPT)), *map(vars, beside)))
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +82,14 @@ def test_the_loss_falls_and_everything_is_saved(finished):
         assert shown in output
 
 
-def test_the_figures_are_those_of_the_saved_adapter(finished):
+def test_the_figures_are_those_of_the_saved_adapter(script, finished):
     """Loss and sparsity once more, by another way: row by row without padding, the gate written out."""
     folder, _ = finished
     metrics = json.loads((folder / "metrics.json").read_text())
-    namespace = runpy.run_path(str(SCRIPT))
-    options = namespace["parse_options"]([str(folder / "config.yaml")])
+    options = script["parse_options"]([str(folder / "config.yaml")])
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _, rows = namespace["split"](namespace["load_rows"](options), options)
-    rows = namespace["tokenize"](rows, tokenizer, options)
+    _, rows = script["split"](script["load_rows"](options), options)
+    rows = script["tokenize"](rows, tokenizer, options)
     model = AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder)
 
@@ -287,7 +292,7 @@ class TestBadInput:
         return str(raised.value) + capsys.readouterr().err
 
     def test_a_quantised_base_without_the_library(self, script, monkeypatch, capsys, tmp_path):
-        monkeypatch.setitem(script["main"].__globals__, "find_spec", lambda name: None)
+        monkeypatch.setitem(script["parse_options"].__globals__, "find_spec", lambda name: None)
         message = self.refused(script, monkeypatch, capsys, "--quantize=8bit", f"--output_dir={tmp_path}")
         assert "--quantize 8bit needs bitsandbytes: pip install bitsandbytes" in message
 
@@ -472,7 +477,7 @@ def test_a_run_goes_on_with_the_same_adapter_only(script, tmp_path, flag, name):
     script["adapter_config"](script["parse_options"]([]), spiking=True).save_pretrained(checkpoint)
     (checkpoint / "trainer_state.json").touch()
     same = script["parse_options"](["--resume_from_checkpoint"])
-    assert script["prepare_folder"](tmp_path, same) == checkpoint
+    assert script["prepare_folder"](tmp_path, same, script["adapter_config"](same, spiking=True)) == checkpoint
     other = script["parse_options"](["--resume_from_checkpoint", flag])
     with pytest.raises(SystemExit, match=f"was trained with {name} "):
-        script["prepare_folder"](tmp_path, other)
+        script["prepare_folder"](tmp_path, other, script["adapter_config"](other, spiking=True))

@@ -28,6 +28,7 @@ torch.distributed.init_process_group("gloo")
 from test_fsdp import shard_on_cpu
 shard_on_cpu()
 sys.argv[0] = {str(SCRIPT)!r}
+sys.path.insert(0, {str(FOLDER)!r})
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 

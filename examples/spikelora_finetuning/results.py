@@ -1,0 +1,126 @@
+"""What a run of `spikelora_finetuning.py` has reached: figures, tables and pictures."""
+
+import math
+import re
+import resource
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import matplotlib
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from accelerate import PartialState
+from options import Options
+from spikelora import SparsityMeter, SpikeLoraConfig
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+console = Console()
+
+
+@torch.no_grad()
+def measure(model: PeftModel, rows: Dataset, collator, options: Options, title: str) -> dict:
+    """Loss, perplexity and, of a spiking adapter, the sparsity over all tokens of `rows`, padding left out."""
+    model.eval()
+    loss, tokens = 0.0, 0
+    is_spiking = isinstance(model.peft_config["default"], SpikeLoraConfig)
+    is_first = PartialState().is_main_process
+    meter = SparsityMeter(model) if is_spiking else None
+    batches = DataLoader(rows, options.batch_size, collate_fn=collator)
+    # All processes run all rows, as a sharded model needs them together, and the first one counts.
+    with meter if meter and is_first else nullcontext():
+        for loaded in tqdm(batches, desc=title, leave=False, disable=not is_first):
+            batch = {key: value.to(model.device) for key, value in loaded.items()}
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+            labels = batch["labels"][:, 1:]
+            loss += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+            tokens += (labels != -100).sum().item()
+    figures = {"loss": loss / tokens, "perplexity": math.exp(loss / tokens), "tokens": tokens}
+    if meter:
+        report = meter.report()
+        never_called = [name for name, module in report.modules.items() if not module.tokens]
+        if never_called:
+            sys.exit(f"the model never calls {never_called}, so no adapter can work there; name other targets")
+        figures["sparsity"] = report.sparsity
+        figures["silent_tokens"] = report.silent_tokens
+        figures["zero_threshold_sparsity"] = report.zero_threshold_sparsity
+        figures["sparsity_by_kind"] = {kind: shares.sparsity for kind, shares in report.kinds.items()}
+        figures["sparsity_by_module"] = {name: module.sparsity for name, module in report.modules.items()}
+        figures["report"] = report
+    return figures
+
+
+def warn_of_silence(figures: dict, when: str) -> None:
+    silent = [name for name, sparsity in figures["sparsity_by_module"].items() if sparsity == 1]
+    if silent:
+        console.print(
+            f"[yellow]{len(silent)} of {len(figures['sparsity_by_module'])} modules never fire {when}, and learn "
+            f"nothing while they are silent: {', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''}. Lower "
+            "--v_threshold."
+        )
+
+
+def plot_sparsity(modules: dict[str, float], path: Path) -> None:
+    """A heat map of the sparsity: layers by kinds of module."""
+    cells = {}
+    for name, sparsity in modules.items():
+        layer = re.search(r"\.(\d+)\.", name)
+        cells[int(layer[1]) if layer else -1, name.rpartition(".")[2]] = sparsity
+    layers, kinds = sorted({layer for layer, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
+    grid = [[cells.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
+    figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(kinds), 1.5 + 0.45 * len(layers)), layout="constrained")
+    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    axes.set_yticks(range(len(layers)), ["other" if layer < 0 else layer for layer in layers])
+    axes.set_ylabel("layer")
+    axes.set_title("Sparsity on the held-out text")
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            if not math.isnan(value):
+                colour = "black" if value > 0.6 else "white"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="share of silent activations")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def peak_memory() -> float:
+    """In MB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def show(metrics: dict) -> None:
+    table = Table(title="Held-out text")
+    methods = [name for name in ("spikelora", "lora") if name in metrics]
+    for heading in ("", "before", *({"spikelora": "SpikeLoRA", "lora": "LoRA"}[name] for name in methods)):
+        table.add_column(heading, justify="right" if heading else "left")
+    after = [metrics[name] for name in methods]
+
+    def row(label: str, key: str, form: str, before: bool = False) -> None:
+        table.add_row(
+            label,
+            format(metrics["before"][key], form) if before else "",
+            *(format(figures[key], form) if key in figures else "" for figures in after),
+        )
+
+    row("loss", "loss", ".4f", before=True)
+    row("perplexity", "perplexity", ".2f", before=True)
+    row("trainable parameters", "trainable_parameters", ",d")
+    row("training tokens / s", "tokens_per_second", ",.0f")
+    row("peak memory, MB", "peak_memory_mb", ",.0f")
+    row("sparsity", "sparsity", ".1%", before=True)
+    for kind, sparsity in after[0]["sparsity_by_kind"].items():
+        table.add_row(f"  {kind}", f"{metrics['before']['sparsity_by_kind'][kind]:.1%}", f"{sparsity:.1%}")
+    row("tokens without a spike", "silent_tokens", ".1%", before=True)
+    row("sparsity at threshold 0", "zero_threshold_sparsity", ".1%", before=True)
+    console.print(table)

@@ -1,0 +1,61 @@
+"""The folder of a run of `spikelora_finetuning.py`: its checkpoints, and what an earlier run has left in it."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from options import Options
+from spikelora import SpikeLoraConfig
+
+ADAPTER_FILES = ("adapter_model.safetensors", "README.md", "adapter_config.json")  # the last makes it loadable
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint that was written to its end; the Trainer's state is what it writes last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def prepare_folder(folder: Path, options: Options, now: SpikeLoraConfig) -> Path | None:
+    """Make the output folder; return the checkpoint to go on from, which has to be of a run with the adapter `now`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        sys.exit(f"--output_dir {folder} cannot be written: {error}")
+    found = last_checkpoint(folder)
+    if options.resume_from_checkpoint is None:
+        if found and not (folder / "metrics.json").exists():
+            sys.exit(
+                f"{folder} holds checkpoints of a run that did not end: go on with --resume_from_checkpoint, or choose "
+                "another --output_dir"
+            )
+        return None
+    if options.resume_from_checkpoint.lower() not in ("last", "true"):
+        found = Path(options.resume_from_checkpoint)
+        if not (found / "trainer_state.json").exists():
+            sys.exit(f"--resume_from_checkpoint {found} is no checkpoint of a run: it has no trainer_state.json")
+    if found is None:
+        print(f"{folder} has no checkpoint yet: starting from the beginning")
+        return None
+    begun = SpikeLoraConfig.from_pretrained(found)
+    neuron = ("v_threshold", "tau", "target_sparsity", "learn_threshold", "learn_tau")
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", *neuron):
+        if getattr(begun, name) != getattr(now, name):
+            sys.exit(
+                f"{found} was trained with {name} {getattr(begun, name)}, not {getattr(now, name)}: go on with the "
+                "same flags, or begin anew in another --output_dir"
+            )
+    return found
+
+
+def clear_results(folder: Path) -> None:
+    """Remove what a finished run left in the folder, the file that makes its adapter loadable first."""
+    if not (folder / "metrics.json").exists():
+        return
+    for name in (*ADAPTER_FILES[::-1], "sparsity.png", "sparsity.json"):
+        (folder / name).unlink(missing_ok=True)
+    for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob("lora/checkpoint-*")):
+        shutil.rmtree(checkpoint)
+    (folder / "metrics.json").unlink()
