@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spikelora.paths import Path, force_path
+from spikelora.method.paths import Path, force_path
 
 from .models import OURS, TRANSCRIPTION, Method
 

@@ -1,6 +1,6 @@
 """Where skipping silent tokens pays on a CPU: the dense and the event-driven up-projection, each of them forced.
 
-`spikelora.ops.torch_backend` chooses between them by `_MAX_FIRING` and `_MIN_ELEMENTS`.
+`spikelora.method.ops.torch_backend` chooses between them by `_MAX_FIRING` and `_MIN_ELEMENTS`.
 """
 
 import math
@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from spikelora.ops import torch_backend
+from spikelora.method.ops import torch_backend
 
 from .check import compare
 from .job import Job, Row

@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikelora import SpikeLoraConfig
-from spikelora.neuron import spike_gate
-from spikelora.ops.linear import Adapter, spike_linear
+from spikelora.method.neuron import spike_gate
+from spikelora.method.ops.linear import Adapter, spike_linear
 
 from .check import TOLERANCE, CheckError, check_methods, relative_error
 from .models import BASE, LORA, OURS, VOCABULARY, Method, base_model, methods

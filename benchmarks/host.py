@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spikelora.ops import linear
+from spikelora.method.ops import linear
 
 from .job import Job, Row
 from .measure import interleaved, overhead_share, ratio, spread
@@ -110,7 +110,7 @@ def as_on(way: str) -> Iterator[list[None]]:
 
 @contextmanager
 def _not_started(started: list[None]) -> Iterator[None]:
-    from spikelora.ops import triton_backend  # needs triton, which torch for CPUs does not bring
+    from spikelora.method.ops import triton_backend  # needs triton, which torch for CPUs does not bring
 
     class Kept(dict):
         def get(self, key: tuple) -> tuple:

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from spikelora import SpikeLoraConfig
-from spikelora.paths import Path, force_path
+from spikelora.method.paths import Path, force_path
 
 from .check import check_layer
 from .job import Job, Row

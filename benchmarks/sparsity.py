@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from spikelora.neuron import spike_gate
-from spikelora.ops import torch_backend
+from spikelora.method.neuron import spike_gate
+from spikelora.method.ops import torch_backend
 
 from .check import check_layer, compare
 from .job import Job, Row
@@ -76,7 +76,7 @@ def _up(layer: nn.Module, y: Tensor, a: Tensor, threshold: Tensor) -> Callable[[
     _, tau = layer.lora_gate["default"].neuron()
     if not y.is_cuda:
         return torch.no_grad()(partial(torch_backend.add_up_, y, a, B, threshold, tau, scaling))
-    from spikelora.ops import triton_backend  # needs triton, which torch for CPUs does not bring
+    from spikelora.method.ops import triton_backend  # needs triton, which torch for CPUs does not bring
 
     partials = a.float().unsqueeze(0)
     arguments = (y, partials, None, None, B, B.stride()[::-1], threshold, tau, None, 1.0, scaling, 0.0)

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from spikelora import SpikeLoraConfig
-from spikelora.gate import SpikeGate
-from spikelora.neuron import spike_gate
-from spikelora.observe import gates
+from spikelora.method.gate import SpikeGate
+from spikelora.method.neuron import spike_gate
+from spikelora.sparsity.observe import gates
 
 _NEURON = {"v_threshold": 0.1, "tau": 2.0, "target_sparsity": None, "learn_threshold": False}
 METHODS: dict[str, dict[str, Any]] = {

@@ -125,7 +125,7 @@ def test_a_module_without_tokens_is_left_out_and_named(model):
     assert math.isnan(report.modules["idle"].sparsity)
     assert list(ledger.modules) == ["up"]
     assert ledger.left_out == ("idle",)
-    assert str(ledger).splitlines()[-1] == "Left out, as no token reached them or they are no linear layers: idle."
+    assert str(ledger).splitlines()[-1] == "Left out, as they were not reached or are not linear: idle."
 
 
 def test_the_total_is_the_sum_over_modules():

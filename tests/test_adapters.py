@@ -27,7 +27,7 @@ from peft.utils.hotswap import (
 from transformers import AutoModelForCausalLM
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.gate import SpikeGate
+from spikelora.method.gate import SpikeGate
 
 TOKENS = torch.arange(3, 45).view(3, 14)
 NEVER, ALWAYS = 1e30, -1e30

@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from spikelora import SpikeLoraError
-from spikelora.composed import composed_gate
-from spikelora.neuron import atan_surrogate, spike_gate
-from spikelora.paths import Path, force_path
+from spikelora.method.composed import composed_gate
+from spikelora.method.neuron import atan_surrogate, spike_gate
+from spikelora.method.paths import Path, force_path
 
 # What torch makes the derivatives of forward mode of.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")

@@ -15,7 +15,7 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.report import show
 from rich.console import Console
 
-from spikelora.ops import torch_backend, triton_backend
+from spikelora.method.ops import torch_backend, triton_backend
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -9,8 +9,9 @@ from conftest import tiny_opt
 from peft import get_peft_model
 from torch import nn
 
-from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, adapt, calibrate_thresholds
-from spikelora.observe import gates
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
+from spikelora.sparsity import calibration
+from spikelora.sparsity.observe import gates
 
 TOKENS = torch.randint(3, 100, (24, 16), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": part} for part in TOKENS.split(4)]
@@ -162,7 +163,7 @@ def test_a_trained_adapter_settles_in_rounds(monkeypatch):
         return max(abs(module.sparsity - 0.9) for module in meter.report().modules.values())
 
     with monkeypatch.context() as once:
-        once.setattr(adapt, "_MAX_ROUNDS", 1)
+        once.setattr(calibration, "_MAX_ROUNDS", 1)
         with pytest.warns(RuntimeWarning, match=r"still off the target 0\.9: .*fc2` by \+0\.\d{3}"):
             found = calibrate_thresholds(model, BATCHES)
     assert found.rounds == 1
@@ -184,7 +185,7 @@ def test_an_adapter_that_does_nothing_yet_takes_one_round():
 
 def test_an_error_in_a_later_round_changes_nothing(monkeypatch):
     model = trained(tiny_opt(), r=8, lora_alpha=64)
-    before, find, calls = thresholds(model), adapt._thresholds, []
+    before, find, calls = thresholds(model), calibration._thresholds, []
 
     def fail_later(*args):
         calls.append(thresholds(model))
@@ -192,7 +193,7 @@ def test_an_error_in_a_later_round_changes_nothing(monkeypatch):
             raise SpikeLoraError("none near")
         return find(*args)
 
-    monkeypatch.setattr(adapt, "_thresholds", fail_later)
+    monkeypatch.setattr(calibration, "_thresholds", fail_later)
     with pytest.raises(SpikeLoraError, match="none near"):
         calibrate_thresholds(model, BATCHES)
     assert calls[1] != before

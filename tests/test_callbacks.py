@@ -22,8 +22,8 @@ from spikelora import (
     prune_ranks,
 )
 from spikelora.__main__ import main
-from spikelora.holding import _sample
-from spikelora.observe import gates
+from spikelora.sparsity.holding import _sample
+from spikelora.sparsity.observe import gates
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
 GENERATOR = torch.Generator().manual_seed(0)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, calibrate_thresholds
 from spikelora.__main__ import main
-from spikelora.calibration_text import text_batches
-from spikelora.convert import to_lora
+from spikelora.conversion.lora import to_lora
+from spikelora.report.text import text_batches
 
 WORDS = [f"word{n}" for n in range(90)]
 TEXTS = [" ".join(WORDS[(7 * n + k * k) % 90] for k in range(5 + n)) for n in range(12)]
@@ -176,7 +176,7 @@ def test_report_names_an_output_that_cannot_be_written(adapter, tmp_path):
 @pytest.mark.parametrize("name", ["jinja2", "typer"])
 def test_a_missing_library_is_named(adapter, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "spikelora.cli", raising=False)
+    monkeypatch.delitem(sys.modules, "spikelora.report.cli", raising=False)
     assert "pip install 'spikelora[report]'" in status("report", adapter)
 
 
@@ -298,6 +298,6 @@ def test_paragraphs_become_padded_batches(base_folder, tmp_path):
 
 
 def test_the_command_alone_brings_no_plots():
-    code = "import sys, spikelora.cli; print('matplotlib' in sys.modules)"
+    code = "import sys, spikelora.report.cli; print('matplotlib' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"

@@ -16,7 +16,7 @@ from peft.tuners.lora import (
 from safetensors.torch import save_file
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.adapter_files import say_how_to_load
+from spikelora.peft.adapter_files import say_how_to_load
 
 NOT_FINITE = [math.nan, math.inf, -math.inf, 1e300, True, "0.1", None]
 NEURON = {

@@ -23,8 +23,8 @@ from spikelora import (
     from_lora,
     to_lora,
 )
-from spikelora.gate import SpikeGate
-from spikelora.layers import Linear
+from spikelora.method.gate import SpikeGate
+from spikelora.method.layers import Linear
 
 GENERATOR = torch.Generator().manual_seed(0)
 IDS = torch.randint(3, 100, (6, 4, 20), generator=GENERATOR)
@@ -433,7 +433,7 @@ class TestToLora:
         def full(*args, **kwargs):
             raise OSError("no space left")
 
-        monkeypatch.setattr("spikelora.convert.save_file", full)
+        monkeypatch.setattr("spikelora.conversion.lora.save_file", full)
         with pytest.raises(OSError, match="no space left"):
             lora.save_pretrained(tmp_path)
         assert not (tmp_path / "adapter_config.json").exists()

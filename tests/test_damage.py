@@ -466,7 +466,7 @@ def test_gates_are_not_left_out_where_the_weights_come_later(loader, saved, tmp_
     model = LOADERS[loader][0](base_folder)
     before = state(model)
     folder = write(files | {CONFIG: json.dumps(config).encode()}, tmp_path / "adapter")
-    monkeypatch.setattr("spikelora.config_file.holds_gates", lambda folder: False)
+    monkeypatch.setattr("spikelora.peft.config_file.holds_gates", lambda folder: False)
     # Beside a spiking adapter PEFT itself refuses one that says LORA.
     with pytest.raises(ValueError, match=r"The adapter's weights have gates|different peft types|Incompatible PEFT"):
         LOADERS[loader][1](model, folder)

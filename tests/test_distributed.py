@@ -11,8 +11,9 @@ from test_sparsity import X, by_hand
 from torch import distributed, nn
 
 from spikelora import SparsityCallback, SparsityControlCallback, SparsityMeter, SpikeLoraConfig
-from spikelora.observe import gates, own_shard, whole
-from spikelora.paths import Path, force_path
+from spikelora.method.paths import Path, force_path
+from spikelora.method.sharding import own_shard, whole
+from spikelora.sparsity.observe import gates
 
 LEARNED = {"learn_threshold": True, "learn_tau": True}
 HELD = {"target_sparsity": 0.9, "target_tolerance": 0.5}

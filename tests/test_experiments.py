@@ -30,7 +30,7 @@ from processes import in_processes
 from scipy import stats
 
 from spikelora import SparsityMeter
-from spikelora.observe import gates
+from spikelora.sparsity.observe import gates
 
 ROOT = Path(__file__).parents[1]
 STUDY = """\

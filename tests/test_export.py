@@ -11,7 +11,7 @@ import torch
 from conftest import spiking, tiny_llama, tiny_opt
 from torch.export import Dim
 
-from spikelora.observe import gates, observing
+from spikelora.sparsity.observe import gates, observing
 
 pytestmark = [
     # torch.onnx copies tree specifications with a function that torch itself deprecates.

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from spikelora.neuron import spike_gate
-from spikelora.ops import torch_backend
-from spikelora.ops.firing import firing
+from spikelora.method.neuron import spike_gate
+from spikelora.method.ops import torch_backend
+from spikelora.method.ops.firing import firing
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 3e38, -3e38, 1e-45, -1e-45, 1e-38, 65504.0, 70000.0, -70000.0]

@@ -1,4 +1,4 @@
-"""Imports point downward only: each module of the package stands on a floor and imports from lower ones."""
+"""Imports point downward only: from room to room, and within a room from later modules to earlier ones."""
 
 import ast
 import sys
@@ -7,81 +7,59 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "spikelora"
-FLOORS = {
-    "errors": 0,
-    "moments": 0,
-    "quantiles": 0,
-    "composed": 0,
-    "neuron": 0,
-    "ops.__init__": 0,
-    "ops.linear": 0,
-    "ops.firing": 0,
-    "ops.torch_backend": 0,
-    "ops.triton_backend": 0,
-    "gate": 1,
-    "parameters": 1,
-    "_versions": 2,
-    "adapter_files": 2,
-    "observe": 2,
-    "paths": 2,
-    "sparsity": 2,
-    "config": 2,
-    "config_file": 3,
-    "read_not_called": 3,
-    "layers": 3,
-    "loading": 3,
-    "tuner": 3,
-    "_registration": 3,
-    "account": 4,
-    "adapt": 4,
-    "convert": 4,
-    "holding": 4,
-    "integrations": 4,
-    "watching": 4,
-    "cli": 5,
-    "__main__": 6,
-    "calibration_text": 5,
-    "report": 5,
-    "report_figures": 5,
-    "report_html": 5,
-    "report_tables": 5,
-    "__init__": 6,
+# By room the modules, each of which imports from those before it alone. The rooms stand in this order as well.
+ROOMS = {
+    "": ["errors"],
+    "method": [
+        "__init__",
+        "composed",
+        "neuron",
+        "parameters",
+        "gate",
+        "sharding",
+        "ops.__init__",
+        "ops.firing",
+        "ops.torch_backend",
+        "ops.triton_backend",
+        "ops.linear",
+        "paths",
+        "variants",
+        "layers",
+    ],
+    "peft": [
+        "__init__",
+        "versions",
+        "adapter_files",
+        "config",
+        "config_file",
+        "read_not_called",
+        "loading",
+        "tuner",
+        "registration",
+        "trainers",
+    ],
+    "sparsity": [
+        "__init__",
+        "observe",
+        "meter",
+        "account",
+        "quantiles",
+        "batches",
+        "calibration",
+        "holding",
+        "watching",
+    ],
+    "conversion": ["__init__", "moments", "pruning", "lora"],
+    "report": ["__init__", "adapter", "figures", "html", "tables", "text", "cli"],
+    # The package's face, and the start of the command.
+    " ": ["__init__", "__main__"],
 }
-# A gate adds what the neuron does to its parameters. The registration names the classes and guards that it registers,
-# and the model makes its layers and loads what fits them; a configuration is loaded from an adapter's folder; the
-# autograd functions are made of a backend's products; the meter observes; conversions calibrate; what is held is not
-# warned of; a report is read, drawn and written, and the command does all of that.
-SAME_FLOOR = {
-    ("sparsity", "observe"),
-    ("_registration", "tuner"),
-    ("_registration", "layers"),
-    ("_registration", "loading"),
-    ("tuner", "layers"),
-    ("tuner", "read_not_called"),
-    ("_registration", "config_file"),
-    ("tuner", "loading"),
-    ("config", "adapter_files"),
-    ("gate", "parameters"),
-    ("convert", "adapt"),
-    ("watching", "holding"),
-    ("neuron", "composed"),
-    ("ops.linear", "composed"),
-    ("ops.linear", "errors"),
-    ("ops.linear", "ops.torch_backend"),
-    ("ops.torch_backend", "ops.firing"),
-    ("ops.linear", "ops.triton_backend"),
-    ("report_figures", "report"),
-    ("report_html", "report"),
-    ("report_html", "report_figures"),
-    ("report_tables", "report"),
-    ("report_tables", "report_figures"),
-    ("report_tables", "report_html"),
-    ("cli", "calibration_text"),
-    ("cli", "report"),
-    ("cli", "report_html"),
-    ("cli", "report_tables"),
-}
+ORDER = [f"{room}.{name}".strip(". ") for room, names in ROOMS.items() for name in names]
 MODULES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
+# These extend layers of PEFT and transformers; the rest of the method needs torch alone.
+OF_PEFT = {"method.paths", "method.variants", "method.layers"}
+# What follows a trainer; `import spikelora` imports the first alone, which needs no Trainer itself.
+OF_TRAINERS = {"peft.trainers", "sparsity.holding", "sparsity.watching"}
 
 
 def imports(source):
@@ -97,33 +75,36 @@ def imports(source):
 
 
 def own_module(name):
-    """The module of ours that a dotted name lies in, or None: `spikelora.gate.SpikeGate` lies in `gate`."""
+    """The module of ours that a dotted name lies in, or None: `spikelora.errors.SpikeLoraError` lies in `errors`."""
     package, _, rest = name.partition(".")
     if package != "spikelora":
         return None
-    inside = [module for module in FLOORS if f"{rest}.".startswith(f"{module}.")]
-    return max(inside, key=len, default="__init__")
+    by_name = {module.removesuffix(".__init__"): module for module in ORDER}
+    inside = [name for name in by_name if f"{rest}.".startswith(f"{name}.")]
+    return by_name[max(inside, key=len, default="__init__")]
+
+
+def own_imports(module):
+    return {own_module(name) for name in imports(MODULES[module].read_text())} - {None}
 
 
 def test_reading_of_imports():
     source = "import a.b as c\nfrom d import e, f\ndef g():\n    if h:\n        from .i import j\n    from . import k\n"
 
     assert imports(source) == {"a.b", "d.e", "d.f", ".i.j", "..k"}
-    assert own_module("spikelora.gate.SpikeGate") == own_module("spikelora.gate") == "gate"
+    assert own_module("spikelora.method.gate.SpikeGate") == own_module("spikelora.method.gate") == "method.gate"
+    assert own_module("spikelora.method") == own_module("spikelora.method.Unknown") == "method.__init__"
     assert own_module("spikelora") == own_module("spikelora.SpikeLoraConfig") == "__init__"
     assert own_module("spikelora_other.gate") is own_module("torch.nn") is None
 
 
-def test_every_module_has_a_floor():
-    assert set(MODULES) == set(FLOORS)
+def test_every_module_has_its_place():
+    assert sorted(MODULES) == sorted(ORDER)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_downward(module):
-    own = {own_module(name) for name in imports(MODULES[module].read_text())} - {None}
-
-    upward = {other for other in own if FLOORS[other] >= FLOORS[module] and (module, other) not in SAME_FLOOR}
-    assert upward == set()
+    assert {other for other in own_imports(module) if ORDER.index(other) >= ORDER.index(module)} == set()
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -131,25 +112,47 @@ def test_imports_are_absolute(module):
     assert [name for name in imports(MODULES[module].read_text()) if name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if FLOORS.get(module, 0) <= 1])
-def test_the_arithmetic_needs_torch_alone(module):
-    packages = {name.partition(".")[0] for name in imports(MODULES[module].read_text())}
-    kernels = {"triton"} if module == "ops.triton_backend" else set()
+@pytest.mark.parametrize("room", [room for room in ROOMS if room.strip()])
+def test_a_room_says_what_it_is_for_and_holds_nothing_else(room):
+    says, *rest = ast.parse(MODULES[f"{room}.__init__"].read_text()).body
 
-    assert packages - sys.stdlib_module_names <= {"torch", "spikelora"} | kernels
+    assert says.value.value.split("?")[0]
+    assert "import" in says.value.value
+    assert rest == []
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(("method.", "errors"))])
+def test_the_method_needs_torch_alone(module):
+    packages = {name.partition(".")[0] for name in imports(MODULES[module].read_text())}
+    others = {"triton"} if module == "method.ops.triton_backend" else {"peft", "transformers"} & packages
+    allowed = others if module == "method.ops.triton_backend" or module in OF_PEFT else set()
+
+    assert packages - sys.stdlib_module_names <= {"torch", "spikelora"} | allowed
 
 
 def test_the_oracle_and_the_fast_paths_share_no_code():
-    fast = [module for module in MODULES if module.startswith("ops.")]
-    own = {module: {own_module(name) for name in imports(MODULES[module].read_text())} for module in [*fast, "neuron"]}
+    fast = [module for module in MODULES if module.startswith("method.ops.")]
 
     assert len(fast) == 5
-    assert not [module for module in fast if "neuron" in own[module]]
-    assert not [other for other in own["neuron"] if other in fast]
+    assert not [module for module in fast if "method.neuron" in own_imports(module)]
+    assert not own_imports("method.neuron") & set(fast)
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if FLOORS.get(module, 0) < 4])
-def test_no_trainer_below_floor_4(module):
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in OF_TRAINERS])
+def test_few_import_trainers(module):
     names = imports(MODULES[module].read_text())
 
     assert [name for name in names if name.lower().startswith("transformers.trainer")] == []
+
+
+def test_the_method_is_read_in_three_files_and_300_lines():
+    files = ("neuron", "gate", "variants")
+
+    assert sum(len(MODULES[f"method.{name}"].read_text().splitlines()) for name in files) <= 300
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_long_file_says_why(module):
+    source = MODULES[module].read_text()
+
+    assert len(source.splitlines()) <= 300 or "One file" in ast.get_docstring(ast.parse(source))

@@ -26,7 +26,7 @@ from test_distributed import (
     trainer_of,
 )
 
-from spikelora.observe import gates
+from spikelora.sparsity.observe import gates
 
 FSDP = {
     "fsdp": True,

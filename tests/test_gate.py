@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 
-from spikelora.gate import SpikeGate
-from spikelora.neuron import spike_gate
-from spikelora.parameters import MIN_TAU
+from spikelora.method.gate import SpikeGate
+from spikelora.method.neuron import spike_gate
+from spikelora.method.parameters import MIN_TAU
 
 A = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 

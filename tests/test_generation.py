@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from spikelora import SpikeLoraConfig
-from spikelora.gate import SpikeGate
+from spikelora.method.gate import SpikeGate
 
 FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
 PROMPTS = torch.arange(3, 15).view(2, 6)

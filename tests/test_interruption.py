@@ -17,7 +17,7 @@ from peft import PeftModel
 from test_save_load import TOKENS, trained
 
 from spikelora import SpikeLoraError
-from spikelora.cli import _new_folder
+from spikelora.report.cli import _new_folder
 
 TARGETS = {"target_modules": ["q_proj", "fc1"]}
 SCRIPT = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "spikelora_finetuning.py"

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, from_lora, operations, prune_ranks, to_lora
-from spikelora.layers import Conv1d, Embedding
+from spikelora.method.layers import Conv1d, Embedding
 
 NEVER, ALWAYS = 1e30, -1e30
 

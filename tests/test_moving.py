@@ -13,7 +13,7 @@ import torch
 from conftest import spiking, tiny_opt
 
 from spikelora import SparsityMeter
-from spikelora.gate import SpikeGate
+from spikelora.method.gate import SpikeGate
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 V_THRESHOLD = 0.7  # not what the configuration has

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikelora.neuron import atan_surrogate, charge, spike_gate
+from spikelora.method.neuron import atan_surrogate, charge, spike_gate
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "gate.json").read_text())["cases"]
 HALF = [torch.float16, torch.bfloat16]

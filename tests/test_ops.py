@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spikelora.neuron import spike_gate
-from spikelora.ops import linear, torch_backend
-from spikelora.ops.linear import Adapter, spike_branch, spike_linear
+from spikelora.method.neuron import spike_gate
+from spikelora.method.ops import linear, torch_backend
+from spikelora.method.ops.linear import Adapter, spike_branch, spike_linear
 
 ALPHA, SCALING = 2.0, 1.5
 LEAVES = ("x", "bias", "A", "B", "v_threshold", "tau")

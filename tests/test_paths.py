@@ -12,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.observe import gates
-from spikelora.paths import Path, force_path
+from spikelora.method.paths import Path, force_path
+from spikelora.sparsity.observe import gates
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 FUSED, BRANCH, PLAIN = Path.FUSED, Path.BRANCH, Path.PLAIN

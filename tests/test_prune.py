@@ -12,8 +12,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, prune_ranks
-from spikelora.gate import SpikeGate
-from spikelora.layers import Linear
+from spikelora.method.gate import SpikeGate
+from spikelora.method.layers import Linear
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 BATCHES = [{"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}]

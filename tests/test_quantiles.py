@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spikelora.quantiles import _SIZE, QuantileSketch
+from spikelora.sparsity.quantiles import _SIZE, QuantileSketch
 
 
 def shares(sketch):

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
-from spikelora import SpikeLoraConfig, SpikeLoraError, layers
-from spikelora.paths import Path
+from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.method import layers
+from spikelora.method.paths import Path
 
 NEVER, ALWAYS = 1e30, -1e30
 TOKENIZER = pathlib.Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"

@@ -23,9 +23,10 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.trainer_callback import CallbackHandler
 
 import spikelora
-from spikelora import SpikeLoraConfig, SpikeLoraModel, _versions
-from spikelora._registration import register
-from spikelora.integrations import guard_trainers
+from spikelora import SpikeLoraConfig, SpikeLoraModel
+from spikelora.peft import versions
+from spikelora.peft.registration import register
+from spikelora.peft.trainers import guard_trainers
 
 
 def run(code):
@@ -41,7 +42,7 @@ import sys, peft
 before = set(sys.modules)
 import spikelora
 print(*{name for name in set(sys.modules) - before if not name.startswith("spikelora")})
-print("spikelora.ops.triton_backend" in sys.modules)
+print("spikelora.method.ops.triton_backend" in sys.modules)
 """
     brought, kernels = run(code).splitlines()
     # The callbacks' base classes and what they import; transformers' Trainer, which is heavy, is not among them.
@@ -222,11 +223,11 @@ def test_mixed_models_refuse_the_config(opt):
 @pytest.mark.parametrize("requirement", ["peft<0.21,>=0.20", "transformers>=99"])
 def test_an_unsupported_version_is_an_error_that_says_which_to_install(requirement, monkeypatch):
     supported = ["peft<0.22,>=0.21", "transformers<6,>=5.17", "torch>=2.10", "pandas>=99; extra == 'dev'"]
-    monkeypatch.setattr(_versions, "requires", lambda name: supported)
-    _versions.check()
-    monkeypatch.setattr(_versions, "requires", lambda name: [*supported, requirement])
+    monkeypatch.setattr(versions, "requires", lambda name: supported)
+    versions.check()
+    monkeypatch.setattr(versions, "requires", lambda name: [*supported, requirement])
     with pytest.raises(ImportError, match=re.escape(f"spikelora needs another one: pip install '{requirement}'")):
-        _versions.check()
+        versions.check()
 
 
 def test_the_versions_are_looked_at_before_peft_is_imported():

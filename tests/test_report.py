@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
-from spikelora.gate import SpikeGate
-from spikelora.report import read_adapter, read_run
-from spikelora.report_figures import by_layer, plot_curves, shade
-from spikelora.report_html import percent, render, results, summary, write_report
+from spikelora.method.gate import SpikeGate
+from spikelora.report.adapter import read_adapter, read_run
+from spikelora.report.figures import by_layer, plot_curves, shade
+from spikelora.report.html import percent, render, results, summary, write_report
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 FC1 = "model.decoder.layers.0.fc1"
@@ -358,7 +358,7 @@ def test_a_report_that_fails_leaves_the_old_one(adapter_folder, tmp_path, monkey
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("spikelora.report_html.os.replace", fail)
+    monkeypatch.setattr("spikelora.report.html.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(read_run(adapter_folder), output)
     assert [path.name for path in output.parent.iterdir()] == ["report.html"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.gate import SpikeGate
+from spikelora.method.gate import SpikeGate
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 THRESHOLD = torch.tensor(0.1).item()  # not exact in bfloat16

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
-from spikelora.observe import gates
-from spikelora.paths import Path, force_path
-from spikelora.sparsity import places
+from spikelora.method.paths import Path, force_path
+from spikelora.sparsity.meter import places
+from spikelora.sparsity.observe import gates
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 TOKENS = torch.arange(3, 31).view(2, 14)

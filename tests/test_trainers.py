@@ -27,7 +27,7 @@ from trl import (
 )
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.gate import SpikeGate
+from spikelora.method.gate import SpikeGate
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
 GENERATOR = torch.Generator().manual_seed(0)

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from spikelora.neuron import spike_gate
-from spikelora.ops import linear
+from spikelora.method.neuron import spike_gate
+from spikelora.method.ops import linear
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (BF16, F32), (F32, BF16)]  # of the features, of the adapter
@@ -69,7 +69,7 @@ def buffers(monkeypatch):
 @pytest.fixture
 def backend(buffers):
     """The backend in the interpreter; NumPy's warnings of overflow and NaN are not a GPU's."""
-    module = importlib.import_module("spikelora.ops.triton_backend")
+    module = importlib.import_module("spikelora.method.ops.triton_backend")
     assert type(module._expand_add).__name__ == "InterpretedFunction"
     with np.errstate(all="ignore"):
         yield module
@@ -334,7 +334,7 @@ def launches(request, monkeypatch):
     monkeypatch.setattr(JITFunction, "run", compile_only)
     # What would load a kernel onto a GPU.
     monkeypatch.setattr(CompiledKernel, "run", lambda *args: None)
-    monkeypatch.setattr(importlib.import_module("spikelora.ops.triton_backend"), "_compiled", {})
+    monkeypatch.setattr(importlib.import_module("spikelora.method.ops.triton_backend"), "_compiled", {})
     driver.set_active(Driver())
     return launched
 
@@ -352,7 +352,7 @@ def launches(request, monkeypatch):
     ],
 )
 def compile_what_is_launched(launches, T, P, n, r, layout):
-    backend = importlib.import_module("spikelora.ops.triton_backend")
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
     x, y = torch.empty(n, 512, dtype=T), torch.empty(n, 384, dtype=T)
     A, B = torch.empty(r, 512, dtype=P), torch.empty(384, r, dtype=P)
     if layout == "transposed":
@@ -375,7 +375,7 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
 @pytest.mark.parametrize("needed", ["A", "B", "neuron"])
 def compile_what_is_needed(launches, needed):
     """What is None is known to the compiler, and what depends on it is left out of a kernel."""
-    backend = importlib.import_module("spikelora.ops.triton_backend")
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
     x, A, y, B, *neuron, grad_y, grad_x = operands(BF16, F32, 20, 64, 96, 8)
     assert backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, False) is None
     a, needs = torch.zeros(20, 8), (needed == "A", needed == "B", needed == "neuron", needed == "neuron")
@@ -390,7 +390,7 @@ def compile_what_is_needed(launches, needed):
 
 def compile_once_and_start_again(launches, monkeypatch):
     """What was compiled is started directly, with the arguments and the grid of Triton's own way in."""
-    backend = importlib.import_module("spikelora.ops.triton_backend")
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
     x, A, y, B, *neuron, grad_y, grad_x = operands(BF16, F32, 70, 64, 96, 8)
     # At the start of their memory, as `laid_out` puts them a row behind it.
     x, A, y, B, grad_y, grad_x = (t.clone() for t in (x, A, y, B, grad_y, grad_x))
@@ -426,7 +426,7 @@ def compile_once_and_start_again(launches, monkeypatch):
 
 @pytest.mark.parametrize("rank", [1, 8, 256])
 def compile_and_work(launches, rank):
-    backend = importlib.import_module("spikelora.ops.triton_backend")
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
     assert backend.works.__wrapped__(torch.device("cpu"), BF16, F32, rank)
     assert len(launches) == 5
 
@@ -439,7 +439,7 @@ def compile_nothing_where_triton_cannot_start(monkeypatch):
             raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(driver, "_active", Driver())
-    backend = importlib.import_module("spikelora.ops.triton_backend")
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
     with pytest.warns(RuntimeWarning, match="take plain torch, which is slower .*: Failed to find C compiler"):
         assert not backend.works.__wrapped__(torch.device("cpu"), F32, F32, 8)
 
@@ -448,7 +448,7 @@ def compile_nothing_where_triton_cannot_start(monkeypatch):
 def compile_nothing_where_a_kernel_needs_too_much(launches, kernel, monkeypatch):
     from triton.runtime.errors import OutOfResources
 
-    backend = importlib.import_module("spikelora.ops.triton_backend")
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
     run = type(getattr(backend, kernel)).run
 
     def out_of_resources(self, *args, **kwargs):

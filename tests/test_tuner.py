@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
-from spikelora.gate import SpikeGate
-from spikelora.layers import SpikingLayer
-from spikelora.read_not_called import _READ_NOT_CALLED
+from spikelora.method.gate import SpikeGate
+from spikelora.method.layers import SpikingLayer
+from spikelora.peft.read_not_called import _READ_NOT_CALLED
 
 NEVER, ALWAYS = 1e30, -1e30
 TOKENS = torch.arange(3, 31).view(2, 14)

@@ -7,20 +7,21 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spikelora import _versions as _versions  # the first, as it looks at the versions of what the others import
-from spikelora._registration import register
-from spikelora.config import SpikeLoraConfig
+from spikelora.peft import versions as versions  # isort: skip  # the first, as it looks at what the others import
 from spikelora.errors import SpikeLoraError
-from spikelora.integrations import guard_trainers
-from spikelora.sparsity import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
-from spikelora.tuner import SpikeLoraModel
+from spikelora.peft.config import SpikeLoraConfig
+from spikelora.peft.registration import register
+from spikelora.peft.trainers import guard_trainers
+from spikelora.peft.tuner import SpikeLoraModel
+from spikelora.sparsity.meter import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 
 if TYPE_CHECKING:
-    from spikelora.account import Ledger, operations
-    from spikelora.adapt import calibrate_thresholds, prune_ranks
-    from spikelora.convert import LoraApproximation, from_lora, to_lora
-    from spikelora.holding import SparsityControlCallback
-    from spikelora.watching import SparsityCallback
+    from spikelora.conversion.lora import LoraApproximation, from_lora, to_lora
+    from spikelora.conversion.pruning import prune_ranks
+    from spikelora.sparsity.account import Ledger, operations
+    from spikelora.sparsity.calibration import calibrate_thresholds
+    from spikelora.sparsity.holding import SparsityControlCallback
+    from spikelora.sparsity.watching import SparsityCallback
 
 __all__ = [
     "Ledger",
@@ -49,15 +50,15 @@ guard_trainers()
 # Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,
 # which takes longer to import than all the rest.
 _LATER = {
-    "Ledger": "account",
-    "LoraApproximation": "convert",
-    "SparsityCallback": "watching",
-    "SparsityControlCallback": "holding",
-    "calibrate_thresholds": "adapt",
-    "from_lora": "convert",
-    "operations": "account",
-    "prune_ranks": "adapt",
-    "to_lora": "convert",
+    "Ledger": "sparsity.account",
+    "LoraApproximation": "conversion.lora",
+    "SparsityCallback": "sparsity.watching",
+    "SparsityControlCallback": "sparsity.holding",
+    "calibrate_thresholds": "sparsity.calibration",
+    "from_lora": "conversion.lora",
+    "operations": "sparsity.account",
+    "prune_ranks": "conversion.pruning",
+    "to_lora": "conversion.lora",
 }
 
 

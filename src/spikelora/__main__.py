@@ -8,7 +8,7 @@ from spikelora.errors import SpikeLoraError
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; by default with the arguments of the process."""
     try:
-        from spikelora.cli import app
+        from spikelora.report.cli import app
 
         app(args=arguments, prog_name="spikelora")
     except SpikeLoraError as error:

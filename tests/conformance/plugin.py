@@ -98,7 +98,7 @@ class _Recorder:
     def substitute(self) -> None:
         """Put SpikeLoRA in LoRA's place; the package is not even imported where LoRA keeps it."""
         import spikelora
-        from spikelora.gate import SpikeGate
+        from spikelora.method.gate import SpikeGate
 
         peft.LoraConfig, peft.LoraModel = spikelora.SpikeLoraConfig, spikelora.SpikeLoraModel
         _lora.clear()  # a LoraConfig that is still made comes from PEFT itself

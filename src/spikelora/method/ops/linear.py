@@ -1,0 +1,294 @@
+"""The gated linear layer as one autograd function: base and adapter together, or the adapter alone.
+
+`y = base(x) + scaling * gated @ B.T`, `gated = a * (a / tau >= v_threshold)`, `a = dropout(x) @ A.T`. What PEFT's LoRA
+pays beside its two products is memory traffic: three temporaries of the output's size forward, one of the input's size
+backward. Here the products are added into the base's own output and input gradient, and the backward is closed-form
+from `x`, `a` and the dropout's mask.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikelora.errors import SpikeLoraError
+from spikelora.method.composed import as_saved, composed_gate, gradients, is_differentiated_again
+from spikelora.method.ops import torch_backend
+
+_MAX_TRITON_RANK = 256  # up to here the kernels are tested
+_COLUMNS = 256  # of a weight, transposed at a time
+
+
+class Adapter(NamedTuple):
+    """The tensors and numbers of one adapter in one layer.
+
+    `A (r, in)` and `B (out, r)` share a dtype, `v_threshold (1,)` and `tau (1,)` are float32, and `dropout` is the
+    probability in force now: 0 in evaluation. `observers` are called with `a (N, r)`.
+    """
+
+    A: Tensor
+    B: Tensor
+    v_threshold: Tensor
+    tau: Tensor
+    surrogate_alpha: float
+    scaling: float
+    dropout: float
+    observers: tuple[Callable[[Tensor], None], ...] = ()
+
+
+def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """A frozen linear layer and its adapter: `y = x @ weight.T + bias + scaling * gated @ B.T`.
+
+    Args:
+        x: input `(..., in)`, in the dtype of `weight` or under autocast.
+        weight: `(out, in)` with any strides; it gets no gradient.
+        bias: `(out,)` or None.
+        adapter: the adapter.
+
+    Returns:
+        `y (..., out)`, in the dtype that the linear layer alone would give.
+    """
+    if is_autocast(x):
+        x, adapter = _as_autocast(x, adapter)
+    if torch.is_grad_enabled():
+        y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
+        return y
+    tokens = _tokens(x)
+    y = _linear(tokens, weight, bias)
+    _add_adapter_(y, tokens, adapter, need_a=False)
+    return y if tokens is x else y.view(*x.shape[:-1], y.shape[1])
+
+
+def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tensor:
+    """The adapter alone, beside a layer that has run already: `y + scaling * gated @ B.T`.
+
+    Args:
+        y: output of the layer, `(..., out)`.
+        x: its input, `(..., in)`.
+        adapter: the adapter.
+        in_place: add into `y`; only where nobody else holds `y` and autograd has not saved it.
+
+    Returns:
+        `(..., out)` in the dtype of `y`.
+    """
+    if is_autocast(x):
+        x, adapter = _as_autocast(x, adapter)
+    in_place = in_place and y.is_contiguous()
+    if torch.is_grad_enabled():
+        # Autograd takes a detour for a view that a function changes; a compiler cannot trace such a function.
+        in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
+        out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter)
+        return out
+    out = y if in_place else y.clone(memory_format=torch.contiguous_format)
+    _add_adapter_(_tokens(out), _tokens(x), adapter, need_a=False)
+    return out
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    # Not by `torch.amp.is_autocast_available`, which torch 2.11 cannot compile; meta tensors alone have no autocast.
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+class _SpikeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, v_threshold, tau, *numbers):
+        tokens = _tokens(x)
+        y = _linear(tokens, weight, bias)
+        a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
+        ctx.numbers = numbers
+        neuron = as_saved(v_threshold), as_saved(tau)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron, weight)
+        return y if tokens is x and not torch.compiler.is_compiling() else _as_new(y, x)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
+        *saved, weight = ctx.saved_tensors
+        if is_differentiated_again():
+            composed = _composed_backward(grad_y, need_x, needs, saved, ctx.numbers, weight)
+            grad_bias = _tokens(grad_y).sum(0) if need_bias else None
+            return composed[0], None, grad_bias, *composed[1:], None, None, None, None
+        with _without_autocast(grad_y):
+            tokens = _tokens(grad_y)
+            grad_x = _linear_backward(tokens, weight) if need_x else None
+            grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
+            grad_bias = tokens.sum(0) if need_bias else None
+        if grad_x is not None and tokens is not grad_y:
+            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
+        return grad_x, None, grad_bias, *grads, None, None, None, None
+
+
+class _SpikeBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, in_place, x, A, B, v_threshold, tau, *numbers):
+        if in_place:
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
+        ctx.numbers, ctx.x_dtype = numbers, x.dtype
+        neuron = as_saved(v_threshold), as_saved(tau)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron)
+        return _as_new(y, x) if torch.compiler.is_compiling() else y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        _, _, need_x, *needs = ctx.needs_input_grad[:7]
+        saved = ctx.saved_tensors
+        if is_differentiated_again():
+            return grad_y, None, *_composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 4
+        with _without_autocast(grad_y):
+            tokens, grad_x = _tokens(grad_y), None
+            if need_x:
+                grad_x = tokens.new_zeros(tokens.shape[0], saved[3].shape[1], dtype=ctx.x_dtype)
+            grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
+        if grad_x is not None and tokens is not grad_y:
+            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
+        return grad_y, None, grad_x, *grads, None, None, None, None
+
+
+def _composed_backward(
+    grad_y: Tensor,
+    need_x: bool,
+    needs: list[bool],
+    saved: Sequence[Tensor],
+    numbers: tuple,
+    weight: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the input, A, B, v_threshold and tau by torch's own rules, for a second backward."""
+    x, _, mask, A, B, v_threshold, tau = saved
+    surrogate_alpha, scaling, dropout, _ = numbers
+    if x is None:
+        raise SpikeLoraError(
+            "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen: "
+            "train `lora_A` as well, or force the plain path, `with force_path(Path.PLAIN)`."
+        )
+
+    def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
+        dropped = x if mask is None else x * mask.view(x.shape) * _kept(dropout)
+        gated = composed_gate(F.linear(dropped.to(A.dtype), A), v_threshold, tau, surrogate_alpha)
+        y = (F.linear(gated, B) * scaling).to(grad_y.dtype)
+        return y if weight is None else y + F.linear(x, weight.to(x.dtype))
+
+    with _without_autocast(grad_y):
+        return tuple(gradients(forward, (x, A, B, v_threshold, tau), (need_x, *needs), grad_y))
+
+
+def _as_new(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with the leading dimensions of `x`, for an autograd function to return.
+
+    Not `view`: what a function returns must be no view, or the layers above could not change it in place. Nor, for a
+    compiler, what was changed in place: torch 2.11 then trains A and B by gradients of zero, without an error.
+    """
+    unsafe_view: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+    return unsafe_view
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """`x (..., features)` as `(N, features)`; itself where it is that, as every view costs a node of autograd's."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
+    """What autocast makes of the operands: casts that autograd sees."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype))
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """The backward has the dtypes of the forward, even where autocast is on around it."""
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`; under autocast the weight is cast here and again backward, and no copy of it is kept."""
+    if weight.dtype != x.dtype:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
+    if weight.dtype != grad_y.dtype:
+        weight = weight.to(grad_y.dtype)
+    if not _is_slow(grad_y):
+        return torch.mm(grad_y, weight)
+    # Where the CPU has no half-precision product, torch's own wants the summed index contiguous in both: with AVX2 and
+    # 512 tokens of 1024 features, 52 ms in place of 1.1 s. A part at a time, so that the copies stay small.
+    grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
+    for part, out in zip(weight.split(_COLUMNS, dim=1), grad_x.split(_COLUMNS, dim=1), strict=True):
+        torch.mm(grad_y, part.t().contiguous().t(), out=out)
+    return grad_x
+
+
+def _is_slow(grad_y: Tensor) -> bool:
+    """Whether torch's own product may have no fast way for it."""
+    return grad_y.dtype in (torch.float16, torch.bfloat16) and grad_y.is_cpu and not torch.compiler.is_compiling()
+
+
+def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Add the adapter's part into `y (N, out)`; returns `a (N, r)` if needed, and dropout's mask `(N, in)` if any."""
+    A, B, v_threshold, tau, _, scaling, dropout, observers = adapter
+    mask, scale = None, 1.0
+    if dropout:
+        dropped, mask = torch.native_dropout(x, dropout, True)
+        if x.dtype == A.dtype:
+            x = dropped
+        else:  # what PEFT drops out is a float32 copy; `x / (1 - dropout)` would be rounded here, and moves spikes
+            x, scale = x * mask, _kept(dropout)
+    need_a = need_a or bool(observers)
+    a = _backend(y, A).add_adapter_(y, x, A, B, v_threshold, tau, scale, scaling, need_a)
+    for observe in observers:
+        observe(a)
+    return a, mask
+
+
+def _adapter_backward(
+    grad_y: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor], numbers: tuple, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where given."""
+    x, a, mask, A, B, v_threshold, tau = saved
+    surrogate_alpha, scaling, dropout, _ = numbers
+    tokens, part, scale = _tokens(x) if needs[0] else None, grad_x, 1.0
+    if mask is not None:
+        tokens = None if tokens is None else tokens * mask
+        part, scale = None if grad_x is None else torch.zeros_like(grad_x), _kept(dropout)
+    grads: tuple[Tensor | None, ...] = _backend(grad_y, A).adapter_backward(
+        grad_y, part, tokens, a, A, B, v_threshold, tau, surrogate_alpha, scale, scaling, needs
+    )
+    if grad_x is not None and part is not None and mask is not None:
+        grad_x.addcmul_(part, mask)
+    return grads
+
+
+def _kept(dropout: float) -> float:
+    """What dropout multiplies by where it does not drop: it stands at `a`, which is smaller than `x`."""
+    return 1 / (1 - dropout)
+
+
+def _backend(y: Tensor, A: Tensor) -> ModuleType:
+    """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
+
+    The kernels are taken at every size. Where the GPU waits for the host, what counts is the number of launches: with
+    the base's own, 3 in a forward and 7 in a training step, for 4 and 16 by plain torch (`make bench ARGS="--only
+    host"`).
+    """
+    if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
+        return torch_backend
+    kernels = _triton_backend()
+    return kernels if kernels is not None and kernels.works(y.device, y.dtype, A.dtype, A.shape[0]) else torch_backend
+
+
+@functools.cache
+def _triton_backend() -> ModuleType | None:
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return None
+    from spikelora.method.ops import triton_backend
+
+    return triton_backend

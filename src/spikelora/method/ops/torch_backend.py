@@ -1,0 +1,280 @@
+"""The adapter's products in plain torch, for every device: each passes over its largest tensor once.
+
+`x (N, in)`, `y (N, out)` and their gradients have the dtype of the base, `A (r, in)`, `B (out, r)`, `a (N, r)` that of
+the adapter, which is float32 beside a half-precision base. Where the two differ, rows go to the adapter's dtype a
+block at a time: as exact as PEFT's float32 copy of the whole, without the copy.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spikelora.method.ops.firing import Firing, firing
+
+# One block of rows has as many elements: 1 MB in float32, which stays in the caches. On two CPU cores blocks of 64 to
+# 256 rows of 1024 took the same time as a copy of the whole, blocks of 16 rows 2.5 times as long.
+_BLOCK = 2**18
+
+# Skipping silent tokens reads and writes single rows of y, the dense product streams through all of it. With the
+# search for the firing tokens the two break even (benchmarks/events, two CPU cores, float32, r = 8) where 24 % of 1024
+# tokens fire in width 1024, 32 % in width 4096, and 6 % of 128 tokens in width 1024.
+_MAX_FIRING = 1 / 4
+_MIN_ELEMENTS = 2**18
+
+# The BLAS of a CPU is made for squarer products than those with r columns. On two cores, 512 tokens of 1024 features in
+# float32: with B copied to the layout of A, which for few tokens is not worth it, `grad_y @ B` takes 0.19 ms for 0.35
+# at r = 8 and 0.10 for 0.37 at r = 4, but 0.25 for 0.22 at r = 12. A sum over tokens where each thread has tokens of
+# its own, in place of features, takes 0.13 ms for 0.17 at r = 8, 0.18 for 0.21 at r = 16, and no less in other dtypes.
+_MAX_COPIED_RANK = 8
+_MAX_SHARED_RANK = 32
+_MIN_TOKENS = 128  # of one product, or of one thread
+
+# The least and the greatest number that is finite.
+_FINITE = {
+    dtype: (torch.finfo(dtype).min, torch.finfo(dtype).max)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+_SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
+
+
+def add_adapter_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    v_threshold: Tensor,
+    tau: Tensor,
+    scale: float,
+    scaling: float,
+    need_a: bool = True,
+) -> Tensor:
+    """Add the adapter in place, `y (N, out) += scaling * gated @ B.T`; returns `a = scale * x (N, in) @ A.T`.
+
+    `gated = a * (a / tau >= v_threshold)`.
+    """
+    a = _contract(x, A.t(), scale)
+    add_up_(y, a, B, v_threshold, tau, scaling)
+    return a
+
+
+def adapter_backward(
+    grad_y: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor | None,
+    a: Tensor,
+    A: Tensor,
+    B: Tensor,
+    v_threshold: Tensor,
+    tau: Tensor,
+    surrogate_alpha: float,
+    scale: float,
+    scaling: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `add_adapter_` by A, B, v_threshold and tau, those of them that `needs` says, the rest None.
+
+    Adds that by x into `grad_x (N, in)` where it is given. With `grad_a` from `up_backward`:
+
+        grad_A (r, in)   = scale * grad_a.T @ x
+        grad_x (N, in)  += scale * grad_a @ A
+    """
+    grad_a, *grads = up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:])
+    grad_A = _sum_over_tokens(x, grad_a, scale, transposed=True) if needs[0] and x is not None else None
+    if grad_x is not None:
+        _add_product_(grad_x, grad_a, A, scale)
+    return grad_A, *grads
+
+
+def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, scaling: float) -> None:
+    """`y += scaling * gated @ B.T` in place, `gated = a * (a / tau >= v_threshold)`."""
+    number = firing(a, v_threshold, tau)
+    if number is not None:
+        gated = torch.threshold(a, number.silent, 0.0)  # a NaN is above nothing, and stays visible
+        spikes = a > number.silent if _is_searched(y) else None
+    else:
+        spikes = _charge(a, tau) >= v_threshold
+        gated = _select(a, spikes)
+    tokens = _firing_tokens(y, a, spikes) if spikes is not None and _is_searched(y) else None
+    if tokens is None:
+        _add_product_(y, gated, B.t(), scaling)
+    elif tokens.shape[0]:
+        rows = y.index_select(0, tokens)
+        _add_product_(rows, gated.index_select(0, tokens), B.t(), scaling)
+        y.index_copy_(0, tokens, rows)
+
+
+def up_backward(
+    grad_y: Tensor,
+    a: Tensor,
+    B: Tensor,
+    v_threshold: Tensor,
+    tau: Tensor,
+    surrogate_alpha: float,
+    scaling: float,
+    need_B: bool,
+    need_v_threshold: bool,
+    need_tau: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `y = scaling * gated @ B.T` with respect to `a (N, r)`, `B (out, r)`, `v_threshold` and `tau`.
+
+    With `g = scaling * grad_y @ B`, `u = a / tau - v_threshold` and the surrogate's `s'(u)`:
+
+        grad_a           = g * (spikes + a * s'(u) / tau)
+        grad_B           = scaling * grad_y.T @ gated
+        grad_v_threshold = -sum(g * a * s'(u))
+        grad_tau         = -sum(g * a * s'(u) * a / tau ** 2)
+    """
+    g = _contract(grad_y, B, scaling)
+    number = None if need_v_threshold or need_tau else firing(a, v_threshold, tau)
+    if number is not None:
+        gated = torch.threshold(a, number.silent, 0.0)
+        grad_B = _sum_over_tokens(grad_y, gated, scaling) if need_B else None
+        return _gate_backward(g, a, number, surrogate_alpha), grad_B, None, None
+    v = _charge(a, tau)
+    spikes = v >= v_threshold
+    grad_B = _sum_over_tokens(grad_y, _select(a, spikes), scaling) if need_B else None
+    # a * s'(u), which goes to 0 as a goes to infinity: 0 for the largest finite a, whose u ** 2 overflows.
+    c = math.pi / 2 * surrogate_alpha
+    finite_a = a.to(v.dtype).clamp(*_FINITE[v.dtype])
+    slope = finite_a / (v - v_threshold).square_().mul_(c**2).add_(1)
+    slope.mul_(surrogate_alpha / 2)
+    g = g.to(v.dtype)
+    grad_a = slope.div(tau).add_(spikes).mul_(g).to(a.dtype)
+    grad_v_threshold = grad_tau = None
+    if need_v_threshold or need_tau:
+        grad_v = slope.mul_(g)
+        grad_v_threshold = -grad_v.sum().view(1) if need_v_threshold else None
+        grad_tau = -(grad_v * finite_a / tau**2).sum().view(1) if need_tau else None
+    return grad_a, grad_B, grad_v_threshold, grad_tau
+
+
+def _gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float) -> Tensor:
+    """`grad_a` of `up_backward` in six operations, from the distance of `a` to what the neuron fires at.
+
+    `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
+    `w = alpha * tau / (2 * c ** 2)`.
+    """
+    c, dtype, (silent, threshold, tau) = math.pi / 2 * surrogate_alpha, a.dtype, number
+    charged = threshold.dtype
+    if dtype is not charged:
+        a, g = a.to(charged), g.to(charged)
+    # From here on the surrogate is nothing beside the spikes; the square of an infinite one would give NaN.
+    limit = _SQUARED[charged]
+    finite_a = a.clamp(-limit, limit)
+    distance = torch.ops.aten.mse_loss.default(finite_a, threshold, 0).add_((tau / c) ** 2)
+    # All tensors have one dtype: with spikes of bool the last line takes a CPU twice as long at one token.
+    grad_a = torch.ops.aten.threshold_backward.default(g, a, silent)
+    grad_a.addcdiv_(finite_a.mul_(g), distance, value=surrogate_alpha * tau / (2 * c**2))
+    return grad_a if dtype is charged else grad_a.to(dtype)
+
+
+def _charge(a: Tensor, tau: Tensor) -> Tensor:
+    """`v = a / tau`, in float32 where `a` has half precision."""
+    return (a.float() if a.dtype in (torch.float16, torch.bfloat16) else a) / tau
+
+
+def _select(a: Tensor, spikes: Tensor) -> Tensor:
+    """`a` where it spikes and 0 elsewhere; a NaN of `a` stays visible."""
+    # Multiplied, which takes a CPU half as long as torch.where; -inf is made finite first, as -inf * 0 would be NaN.
+    return a.clamp(min=_FINITE[a.dtype][0]).mul_(spikes)
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """Slices of the rows of `x (N, features)`; a compiler fuses the cast, and gets the whole."""
+    n_rows = x.shape[0]
+    size = n_rows if torch.compiler.is_compiling() else _BLOCK // max(1, x.shape[1])
+    if n_rows <= max(1, size):
+        return [slice(None)]
+    return [slice(start, start + size) for start in range(0, n_rows, max(1, size))]
+
+
+def _is_searched(y: Tensor) -> bool:
+    """Whether skipping silent tokens can pay."""
+    # On other devices the count would have to wait for the device; a compiler would break the graph there.
+    return y.numel() >= _MIN_ELEMENTS and y.is_cpu and not torch.compiler.is_compiling()
+
+
+def _firing_tokens(y: Tensor, a: Tensor, spikes: Tensor) -> Tensor | None:
+    """Indices of the tokens with a spike where skipping the others pays, else None."""
+    # Eight ranks at a time as one integer, whose sum over up to 2040 ranks carries nothing: half the time of any().
+    r = spikes.shape[1]
+    counts = spikes.view(torch.int64).sum(1) if r % 8 == 0 and r <= 2040 else spikes.any(1)
+    tokens = counts.nonzero().squeeze(1)
+    if tokens.shape[0] > _MAX_FIRING * y.shape[0] or a.sum().isnan():  # a NaN never spikes, but has to be seen
+        return None
+    return tokens
+
+
+def _product(c: Tensor, W: Tensor, scale: float) -> Tensor:
+    """`scale * c @ W` as one operation."""
+    if scale == 1:
+        return torch.mm(c, W)
+    return torch.addmm(c.new_empty(()), c, W, beta=0, alpha=scale)
+
+
+def _contract(x: Tensor, W: Tensor, scale: float) -> Tensor:
+    """`scale * x (N, features) @ W (features, r)`, in the dtype of `W`."""
+    if x.shape[0] >= _MIN_TOKENS and W.shape[1] <= _MAX_COPIED_RANK and x.is_cpu:
+        W = W.t().contiguous().t()
+    if x.dtype == W.dtype:
+        return _product(x, W, scale)
+    blocks = _blocks(x)
+    if len(blocks) == 1:
+        return _product(x.to(W.dtype), W, scale)
+    a = W.new_empty(x.shape[0], W.shape[1])
+    for rows in blocks:
+        torch.addmm(a[rows], x[rows].to(W.dtype), W, beta=0, alpha=scale, out=a[rows])
+    return a
+
+
+def _add_product_(y: Tensor, c: Tensor, W: Tensor, scale: float) -> None:
+    """`y (N, features) += scale * c (N, r) @ W (r, features)`."""
+    if y.dtype == c.dtype:
+        y.addmm_(c, W, alpha=scale)
+        return
+    blocks = _blocks(y)
+    if len(blocks) == 1:
+        y.add_(torch.mm(c, W), alpha=scale)
+        return
+    for rows in blocks:
+        y[rows] = y[rows].to(c.dtype).addmm_(c[rows], W, alpha=scale)
+
+
+def _sum_over_tokens(x: Tensor, c: Tensor, scale: float, transposed: bool = False) -> Tensor:
+    """`scale * x.T @ c`, `(features, r)` in the dtype of `c (N, r)`, or the same transposed."""
+    if c.shape[0] < _MIN_TOKENS or not c.is_cpu:
+        # As it is wanted: what is a view of something transposed, autograd copies where it gathers gradients.
+        x = x.to(c.dtype)
+        return _product(c.t(), x, scale) if transposed else _product(x.t(), c, scale)
+    total = _sum_over_many(x, c)
+    if scale != 1:
+        total.mul_(scale)
+    return total if transposed else total.t()
+
+
+def _sum_over_many(x: Tensor, c: Tensor) -> Tensor:
+    """`c.T @ x`, `(r, features)`; for r = 8 a CPU takes 6 times as long for `x.T @ c`."""
+    if x.dtype == c.dtype:
+        return _shared_sum(c, x) if _is_shared(c) else torch.mm(c.t(), x)
+    total = c.new_zeros(c.shape[1], x.shape[1])
+    for rows in _blocks(x):
+        total.addmm_(c[rows].t(), x[rows].to(c.dtype))
+    return total
+
+
+def _is_shared(c: Tensor) -> bool:
+    if not c.is_cpu or c.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    n_threads = torch.get_num_threads()
+    return n_threads > 1 and c.shape[1] <= _MAX_SHARED_RANK and c.shape[0] >= _MIN_TOKENS * n_threads
+
+
+def _shared_sum(c: Tensor, x: Tensor) -> Tensor:
+    """`c.T @ x` with as many tokens for each thread, and what is left of them behind."""
+    n_threads = torch.get_num_threads()
+    rest = c.shape[0] % n_threads
+    parts_of_c, parts_of_x = (t[rest:].unflatten(0, (n_threads, -1)) for t in (c, x))
+    total = torch.bmm(parts_of_c.transpose(1, 2), parts_of_x).sum(0)
+    return total.addmm_(c[:rest].t(), x[:rest]) if rest else total

@@ -1,0 +1,249 @@
+"""The `spikelora` command: what an adapter's folder holds, a report of a run, calibration, conversion to LoRA.
+
+Ends with 0 where all is well, 1 where a folder or file is not sound, and 2 for wrong usage.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spikelora.errors import SpikeLoraError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Look at SpikeLoRA adapters, calibrate them and convert them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # messages unbroken, as scripts read them
+    pretty_exceptions_enable=False,
+)
+
+_AdapterFolder = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", exists=True, file_okay=False, help="Folder of a saved adapter.")
+]
+_BaseModel = Annotated[
+    str | None, typer.Option("--base_model", help="Hub id or folder; by default what the adapter was trained on.")
+]
+_Data = Annotated[
+    Path,
+    typer.Option(
+        "--data", exists=True, dir_okay=False, help="Text to run: paragraphs of a .txt, or lines of a .jsonl."
+    ),
+]
+_Output = Annotated[Path, typer.Option("--output", help="New or empty folder to save to.")]
+_TextField = Annotated[str, typer.Option("--text_field", help="Where the lines of a .jsonl have their text.")]
+_BatchSize = Annotated[int, typer.Option("--batch_size", min=1, help="Texts of a batch.")]
+_CutoffLen = Annotated[int, typer.Option("--cutoff_len", min=1, help="Tokens of a text; longer ones are cut.")]
+_MaxBatches = Annotated[int | None, typer.Option("--max_batches", min=1, help="Batches to run; by default all.")]
+
+
+@app.command(epilog="Example: spikelora inspect outputs/spikelora")
+def inspect(adapter: _AdapterFolder) -> None:
+    """Say what an adapter's folder holds, and whether it is sound (status 0) or not (1, with the reason)."""
+    from spikelora.report.adapter import read_adapter
+    from spikelora.report.html import summary
+    from spikelora.report.tables import facts_table, modules_table
+
+    found = read_adapter(adapter)
+    console = _console()
+    console.print(facts_table(str(adapter), summary(found)))
+    console.print(modules_table(found))
+    console.print("The adapter is sound.")
+
+
+@app.command(epilog="Example: spikelora report outputs/spikelora --output report.html")
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_ADAPTER", exists=True, file_okay=False, help="Folder of a run or an adapter."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", dir_okay=False, help="HTML file to write; one that is there is replaced.")
+    ] = Path("report.html"),
+) -> None:
+    """Show a run's sparsity, training and thresholds, here and in one HTML file that needs nothing else."""
+    from spikelora.report.adapter import read_run
+    from spikelora.report.html import results, summary, write_report
+    from spikelora.report.tables import facts_table, sparsity_table, training_table
+
+    found = read_run(run)
+    _writing(write_report, found, output)
+    console = _console()
+    console.print(facts_table(str(run), summary(found.adapter) | results(found)))
+    for table, missing in (
+        (sparsity_table(found), "This folder has no sparsity by module."),
+        (training_table(found), "This folder has no log of the training."),
+    ):
+        console.print(table or missing)
+    console.print(f"The report is in {output}", soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: spikelora calibrate my-adapter --data train.jsonl --target_sparsity 0.9 --output calibrated"
+)
+def calibrate(
+    adapter: _AdapterFolder,
+    data: _Data,
+    output: _Output,
+    base_model: _BaseModel = None,
+    target_sparsity: Annotated[
+        float, typer.Option("--target_sparsity", help="Share of silent activations, between 0 and 1.")
+    ] = 0.9,
+    text_field: _TextField = "text",
+    batch_size: _BatchSize = 8,
+    cutoff_len: _CutoffLen = 256,
+    max_batches: _MaxBatches = None,
+) -> None:
+    """Set each module's threshold so that a target share of its activations is silent on a text."""
+    from spikelora.peft.config import check_target
+    from spikelora.report.tables import numbers_table
+    from spikelora.sparsity.calibration import calibrate_thresholds
+
+    try:
+        check_target("--target_sparsity", target_sparsity)
+    except SpikeLoraError as error:
+        raise typer.BadParameter(str(error)) from error
+    with _new_folder(output) as partial:
+        model, batches = _load(adapter, base_model, data, text_field, batch_size, cutoff_len, max_batches)
+        calibration = calibrate_thresholds(model, batches, target_sparsity)
+        model.save_pretrained(partial)
+    console = _console()
+    title = f"Thresholds for a sparsity of {target_sparsity:g}"
+    console.print(numbers_table(title, calibration, "v_threshold"))
+    shares = [target_sparsity + distance for distance in calibration.off.values()]
+    console.print(
+        f"Sparsity on this text: {calibration.sparsity:.4f}, by module {min(shares):.4f} to {max(shares):.4f}, after "
+        f"{calibration.rounds} {'round' if calibration.rounds == 1 else 'rounds'}",
+        soft_wrap=True,
+    )
+    console.print(f"The calibrated adapter is in {output}", soft_wrap=True)
+
+
+@app.command("to-lora", epilog="Example: spikelora to-lora my-adapter --data train.jsonl --output my-lora")
+def to_lora(
+    adapter: _AdapterFolder,
+    data: _Data,
+    output: _Output,
+    base_model: _BaseModel = None,
+    text_field: _TextField = "text",
+    batch_size: _BatchSize = 8,
+    cutoff_len: _CutoffLen = 256,
+    max_batches: _MaxBatches = None,
+) -> None:
+    """Approximate an adapter by a plain LoRA, fitted on a text, and say what each module loses."""
+    from spikelora.conversion import lora
+    from spikelora.report.tables import numbers_table
+
+    with _new_folder(output) as partial:
+        model, batches = _load(adapter, base_model, data, text_field, batch_size, cutoff_len, max_batches)
+        converted = lora.to_lora(model, batches)
+        converted.save_pretrained(partial)
+    console = _console()
+    console.print(numbers_table("Share of the update that is lost", converted.errors, "share"))
+    console.print(f"The LoRA adapter is in {output}", soft_wrap=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False)
+
+
+def _load(
+    adapter: Path,
+    base_model: str | None,
+    data: Path,
+    text_field: str,
+    batch_size: int,
+    cutoff_len: int,
+    max_batches: int | None,
+) -> tuple["PeftModel", list[dict[str, Any]]]:
+    """The adapter on its base model, and the data as batches for it."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from spikelora.peft.config import SpikeLoraConfig
+    from spikelora.report.text import SUFFIXES, text_batches
+
+    if data.suffix not in SUFFIXES:
+        raise typer.BadParameter(f"--data {data}: {' and '.join(SUFFIXES)} files are read.")
+    config = SpikeLoraConfig.from_pretrained(adapter)
+    config.check_folder(adapter)
+    base = base_model or config.base_model_name_or_path
+    if not base:
+        raise typer.BadParameter(f"{adapter} does not say what base model it is for; name it with --base_model.")
+    auto_class = _auto_class(config.task_type)
+    with _loading(base):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    # Before the base model, whose loading may take minutes.
+    batches = list(islice(text_batches(data, tokenizer, text_field, batch_size, cutoff_len), max_batches))
+    with _loading(base):
+        loaded = auto_class.from_pretrained(base, dtype="auto", device_map="auto")
+    positions = getattr(loaded.config, "max_position_embeddings", None)
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    if positions and longest > positions:
+        raise SpikeLoraError(
+            f"A text has {longest} tokens, more than the {positions} positions of {base}; set --cutoff_len {positions}."
+        )
+    config.base_model_name_or_path = base  # what is saved names the base that it was made on
+    return PeftModel.from_pretrained(loaded, adapter, config=config), batches
+
+
+@contextmanager
+def _loading(base: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SpikeLoraError(f"The base model {base} cannot be loaded: {error}\nName it with --base_model.") from error
+
+
+def _auto_class(task_type: str | None) -> Any:
+    import transformers
+
+    classes = {"CAUSAL_LM": "AutoModelForCausalLM", "FEATURE_EXTRACTION": "AutoModel", None: "AutoModelForCausalLM"}
+    if task_type not in classes:
+        raise SpikeLoraError(
+            f"An adapter for {task_type} needs more than a text and the name of its base, such as other inputs or the "
+            "number of its labels: call the function of the same name in Python, with the batches of its training."
+        )
+    return getattr(transformers, classes[task_type])
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of the output when the block has ended well, and goes when it has not."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise typer.BadParameter(f"--output {output} exists and is no empty folder; name another.")
+    partial = Path(_writing(_sibling, output))
+    try:
+        yield partial
+        if output.exists():
+            output.rmdir()
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sibling(output: Path) -> str:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
+    os.chmod(folder, 0o755)  # mkdtemp makes it its owner's alone
+    return folder
+
+
+def _writing(write: Any, *arguments: Any) -> Any:
+    """Call what writes to an output, and say so where it cannot."""
+    try:
+        return write(*arguments)
+    except OSError as error:
+        raise SpikeLoraError(f"--output cannot be written: {error}.") from error

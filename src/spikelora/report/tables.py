@@ -1,0 +1,69 @@
+"""The tables that the command prints."""
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from spikelora.report.adapter import Adapter, Run
+from spikelora.report.figures import by_layer
+from spikelora.report.html import percent
+
+
+def facts_table(title: str, facts: Mapping[str, str]) -> Table:
+    """Labels and text, in two columns."""
+    table = Table(title=title, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in facts.items():
+        table.add_row(label, value)
+    return table
+
+
+def modules_table(adapter: Adapter) -> Table:
+    """One row per adapted module."""
+    table = _table("Modules", "module", "r", "v_threshold", "tau", "norm of A", "norm of B")
+    for module in adapter.modules:
+        norm_b = "0, untrained" if module.is_untrained else f"{module.norm_B:.4g}"
+        numbers = (f"{value:.4g}" for value in (module.r, module.v_threshold, module.tau, module.norm_A))
+        table.add_row(module.name, *numbers, norm_b)
+    return table
+
+
+def sparsity_table(run: Run) -> Table | None:
+    """Layers by kinds of module; None where the folder has no sparsity."""
+    if not run.sparsity:
+        return None
+    grid = by_layer(run.sparsity.modules)
+    table = _table(f"Sparsity, from {run.sparsity.source}", "layer", *grid.columns)
+    for row in grid.rows:
+        cells = (grid.values.get((row, column)) for column in grid.columns)
+        table.add_row(row, *("" if value is None else percent(value) for value in cells))
+    return table
+
+
+def training_table(run: Run) -> Table | None:
+    """First and last value of what was logged; None where nothing was."""
+    curves = run.curves("loss") | run.curves("sparsity")
+    if not curves:
+        return None
+    table = _table("Training", "", "first", "at step", "last", "at step")
+    for label, points in curves.items():
+        (first_step, first), (last_step, last) = points[0], points[-1]
+        table.add_row(label, f"{first:.4f}", str(first_step), f"{last:.4f}", str(last_step))
+    return table
+
+
+def numbers_table(title: str, values: Mapping[str, float], heading: str) -> Table:
+    """A number for each module."""
+    table = _table(title, "module", heading)
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4g}")
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title)
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table

@@ -1,0 +1,95 @@
+"""Running a model over calibration data, and who was reached."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from spikelora.errors import SpikeLoraError
+from spikelora.sparsity.observe import Gated, Observer, gates, names, observing
+
+
+def repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Batches that can be used more than once.
+
+    Raises:
+        SpikeLoraError: for what holds no batches, such as a single one.
+    """
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise SpikeLoraError(
+            f"`batches` must be a list of batches, or another iterable of them, got a {type(batches).__name__}: "
+            "put a single batch into a list."
+        )
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+@torch.no_grad()
+def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observer, title: str) -> None:
+    """Show the observer all activations of a model in evaluation mode, over batches of its keyword arguments.
+
+    Raises:
+        SpikeLoraError: where there is no spiking adapter, no batch, or no token in them that reaches an adapter.
+    """
+    device = gates(model)[0].gate.tau.device
+    batches = repeatable(batches)
+    modes = {module: module.training for module in model.modules()}
+    n_batches = n_tokens = 0
+
+    def count_and_see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
+        nonlocal n_tokens
+        n_tokens += a.shape[0] if mask is None else int(mask.sum())
+        observer(gated, a, mask)
+
+    model.eval()
+    try:
+        with observing(model, count_and_see):
+            for batch in tqdm(batches, desc=title, unit="batch", leave=False):
+                n_batches += 1
+                if not isinstance(batch, Mapping):
+                    raise SpikeLoraError(
+                        f"`batches` must give the model's keyword arguments, such as "
+                        f"`{{'input_ids': ..., 'attention_mask': ...}}`, got a {type(batch).__name__}."
+                    )
+                inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+                sizes = [v.numel() for v in inputs.values() if isinstance(v, Tensor)]
+                if any(sizes) or not sizes:  # models fail on batches without any token
+                    _call(model, inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not n_batches:
+        raise SpikeLoraError("`batches` is empty; give at least one, and a list where it is used more than once.")
+    if not n_tokens:
+        raise SpikeLoraError("`batches` has no token that reaches an active spiking adapter, or all are padding.")
+
+
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        model(**inputs)
+    except SpikeLoraError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        if not any(isinstance(value, Tensor) for value in inputs.values()):
+            kinds = ", ".join(f"`{name}` is a {type(value).__name__}" for name, value in inputs.items())
+            raise SpikeLoraError(f"`batches` must hold tensors, but {kinds or 'a batch is empty'}.") from error
+        if isinstance(error, ValueError) or "unexpected keyword argument" in str(error):
+            raise SpikeLoraError(f"`batches` does not hold what the model takes: {error}") from error
+        raise
+
+
+def warn_of_unreached(model: nn.Module, reached: Iterable[Gated], outcome: str) -> None:
+    """Warn of the modules that calibration data did not reach, though they have an adapter that ran elsewhere."""
+    reached = list(reached)
+    adapters = {gated.adapter for gated in reached}
+    unreached = {g.module for g in gates(model) if g.adapter in adapters} - {gated.module for gated in reached}
+    if unreached:
+        warnings.warn(
+            f"No calibration data reached {', '.join(sorted(unreached))}: {outcome}.", RuntimeWarning, stacklevel=3
+        )
+
+
+def by_module(values: Mapping[Gated, Any]) -> dict[str, Any]:
+    return dict(zip(names(values), values.values(), strict=True))
