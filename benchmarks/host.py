@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spikelora.method.ops import linear
+from spikelora.method.ops import frozen, linear
 
 from .job import Job, Row
 from .measure import interleaved, overhead_share, ratio, spread
@@ -119,7 +119,7 @@ def _not_started(started: list[None]) -> Iterator[None]:
 
     changed = {
         (linear, "_backend"): lambda y, A: triton_backend,
-        (linear, "_is_slow"): lambda grad_y: False,
+        (frozen, "_is_slow"): lambda grad_y: False,
         (triton_backend, "_compiled"): Kept(),
         (triton_backend, "driver"): SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0)),
     }

@@ -18,6 +18,7 @@ ROOMS = {
         "gate",
         "sharding",
         "ops.__init__",
+        "ops.frozen",
         "ops.firing",
         "ops.torch_backend",
         "ops.triton_backend",
@@ -133,7 +134,7 @@ def test_the_method_needs_torch_alone(module):
 def test_the_oracle_and_the_fast_paths_share_no_code():
     fast = [module for module in MODULES if module.startswith("method.ops.")]
 
-    assert len(fast) == 5
+    assert len(fast) == 6
     assert not [module for module in fast if "method.neuron" in own_imports(module)]
     assert not own_imports("method.neuron") & set(fast)
 

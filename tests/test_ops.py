@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikelora.method.neuron import spike_gate
-from spikelora.method.ops import linear, torch_backend
+from spikelora.method.ops import frozen, linear, torch_backend
 from spikelora.method.ops.linear import Adapter, spike_branch, spike_linear
 
 ALPHA, SCALING = 2.0, 1.5
@@ -439,3 +439,15 @@ def test_what_triton_cannot_do_goes_through_torch(dtype, r, works, taken, monkey
     with FakeTensorMode():
         y, A = torch.empty(3, 4, dtype=dtype, device="cuda"), torch.empty(r, 4, device="cuda")
         assert linear._backend(y, A) is (kernels if taken else torch_backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [5, 300])
+def test_a_cpu_without_a_product_in_half_precision(monkeypatch, dtype, width):
+    generator = torch.Generator().manual_seed(0)
+    grad_y, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((7, 40), (40, width)))
+    expected = (grad_y.double() @ weight.double()).to(dtype)
+    for has_one in (True, False):
+        monkeypatch.setattr(frozen, "_is_of_onednn", lambda dtype, has_one=has_one: has_one)
+        assert frozen._is_slow(grad_y) is not has_one
+        torch.testing.assert_close(frozen.product_backward(grad_y, weight), expected, rtol=1e-2, atol=1e-2)

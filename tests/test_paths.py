@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from conftest import enable_checkpointing, spiking, tiny_gpt2, tiny_opt
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
-from spikelora.method.paths import Path, force_path
-from spikelora.sparsity.observe import gates
+from spikelora.method.gate import SpikeGate
+from spikelora.method.paths import Path, force_path, kept
+from spikelora.sparsity.observe import gates, observing
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 FUSED, BRANCH, PLAIN = Path.FUSED, Path.BRANCH, Path.PLAIN
@@ -195,6 +199,149 @@ class TestChoice:
             layer.register_forward_pre_hook(lambda layer, args: seen.append(layer.path(*args).path))
         model(TOKENS)
         assert seen == [FUSED] * 12
+
+
+def set_a_number(symbol):
+    """A change of a layer: another tensor for one of its neuron's numbers, as a loader with `assign=True` puts it."""
+
+    def change(layer):
+        setattr(layer.lora_gate["default"], symbol, torch.tensor([1.5]))
+
+    return change
+
+
+def add_an_adapter(layer):
+    layer.update_layer("other", 4, lora_alpha=8, config=SpikeLoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+
+
+def replace_the_base(layer):
+    layer.base_layer = nn.Linear(6, 5).requires_grad_(False)
+
+
+# What a choice that was kept has to notice, beside what stands in its way.
+REPLACED = {name: act for name, (act, *_) in CHANGES.items() if name != "nothing"} | {
+    "base replaced": replace_the_base,
+    "base weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(5, 6), False)),
+    "base bias": lambda layer: setattr(layer.base_layer, "bias", None),
+    "base bias tensor": lambda layer: setattr(
+        layer.base_layer, "bias", nn.Parameter(torch.ones(5).as_subclass(MyTensor), requires_grad=False)
+    ),
+    "base cast": lambda layer: layer.base_layer.half(),
+    "base of another class": lambda layer: setattr(layer.base_layer, "__class__", Sigmoid),
+    "lora_A replaced": lambda layer: layer.lora_A.update({"default": nn.Linear(6, 4, bias=False)}),
+    "lora_A weight": lambda layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.ones(4, 6))),
+    "lora_A pruned": lambda layer: prune.random_unstructured(layer.lora_A["default"], "weight", 2),
+    "lora_B cast in place": lambda layer: setattr(part_of(layer, "lora_B").weight, "data", torch.ones(5, 4).half()),
+    "lora_B wrapped": wrap("lora_B"),
+    "lora_B weight": lambda layer: setattr(layer.lora_B["default"], "weight", nn.Parameter(torch.ones(5, 4))),
+    "lora_B with a bias": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(5))),
+    "observed": lambda layer: setattr(part_of(layer, "lora_gate"), "observers", (lambda a: a.zero_(),)),
+    "dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    "dropout wrapped": wrap("lora_dropout"),
+    "gate wrapped": wrap("lora_gate"),
+    "threshold": set_a_number("v_threshold"),
+    "tau": set_a_number("tau"),
+    "surrogate": lambda layer: setattr(part_of(layer, "lora_gate"), "surrogate_alpha", 9.0),
+    "scale": lambda layer: layer.set_scale("default", 3.0),
+    "another adapter": add_an_adapter,
+    "several adapters": lambda layer: (add_an_adapter(layer), layer.set_adapter(["default", "other"])),
+    "the other adapter": lambda layer: (add_an_adapter(layer), layer.set_adapter(["other"])),
+    "learned numbers": lambda layer: setattr(
+        layer, "lora_gate", nn.ModuleDict({"default": SpikeGate(0.3, 2.0, 2.0, True, True)})
+    ),
+}
+
+
+class TestKept:
+    """A choice that was kept goes with the first change of what it rests on."""
+
+    @pytest.mark.parametrize("change", sorted(REPLACED))
+    def test_a_change_is_noticed(self, change):
+        layer, x = one_layer(), batch(2, 3, 6)
+        fresh = copy.deepcopy(layer)
+        layer(x)
+        assert kept(layer, x)
+        outcomes = []
+        for each in (layer, fresh):
+            torch.manual_seed(4)
+            REPLACED[change](each)
+            torch.manual_seed(5)
+            try:
+                outcomes.append(results(each, x))
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1] if isinstance(outcomes[0], str) else not assert_same(*outcomes, 0, 0)
+
+    @pytest.mark.parametrize("change", sorted(REPLACED.keys() - {"another adapter", "base weight", "base bias"}))
+    def test_none_is_kept_over_a_change(self, change):
+        layer, x = one_layer(), batch(2, 3, 6)
+        layer(x)
+        REPLACED[change](layer)
+        assert kept(layer, x) is None
+
+    def test_values_written_in_place_take_effect(self):
+        layer, x = one_layer(), batch(2, 3, 6)
+        before = layer(x)
+        for tensor in (layer.base_layer.weight, *layer.low_rank("default"), part_of(layer, "lora_gate").v_threshold):
+            tensor.data.mul_(-2)
+            assert kept(layer, x)
+            assert_same(results(layer, x), results(layer, x, PLAIN))
+            assert not torch.equal(before, layer(x))
+
+    def test_what_is_on_around_it_is_noticed(self):
+        layer, x = one_layer(), batch(2, 3, 6)
+        y = layer(x)
+        assert kept(layer, x)
+        with force_path(PLAIN):
+            assert kept(layer, x) is None
+            assert type(layer(x).grad_fn) is not type(y.grad_fn)
+        with torch.autocast("cpu"):
+            assert kept(layer, x) is None
+            assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(torch.func.vmap(layer)(x), y)
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        layer(x)
+        handle.remove()
+        assert layer.lora_A["default"] in seen
+        layer(x)
+        assert kept(layer, x)
+        for other in (x.half(), x.detach().as_subclass(MyTensor)):
+            assert kept(layer, other) is None
+        layer.cast_input_dtype_enabled = False
+        assert kept(layer, x) is None
+
+    def test_the_base_s_weight_is_not_held(self):
+        layer, x = one_layer(), batch(2, 3, 6)
+        layer(x)
+        assert kept(layer, x)
+        weight = weakref.ref(layer.base_layer.weight)
+        layer.base_layer.weight = nn.Parameter(
+            torch.ones(5, 6), requires_grad=False
+        )  # as what shards or offloads it does
+        assert weight() is None
+
+    def test_is_of_one_layer(self):
+        layer, x = one_layer(), batch(2, 3, 6)
+        layer(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer._replicate_for_data_parallel()):
+            other.lora_A = nn.ModuleDict({"default": nn.Linear(6, 4, bias=False)})
+            assert kept(other, x) is None
+            assert not torch.equal(other(x), layer(x))
+            assert kept(layer, x)
+
+    def test_who_has_watched_watches_no_more(self):
+        model, seen = spiking(nn.Sequential(nn.Linear(6, 5)), target_modules=["0"]), []
+        with observing(model, lambda *args: seen.append(args)):
+            model(batch(2, 6))
+        model(batch(2, 6))
+        assert len(seen) == 1
+
+    @pytest.mark.parametrize("options", [{"learn_threshold": True}, {"learn_tau": True}, {"lora_dropout": 0.1}])
+    def test_what_is_new_in_each_forward_is_not_kept(self, options):
+        layer, x = one_layer(**options), batch(2, 3, 6)
+        layer(x)
+        assert kept(layer, x) is None
 
 
 class TestForced:

@@ -15,16 +15,10 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
-from spikelora.method.ops.linear import spike_branch, spike_linear
-from spikelora.method.paths import Choice, Path, choose, returns_private
+from spikelora.method import variants
+from spikelora.method.ops.linear import spike_branch, spike_linear, spike_linear_uncast
+from spikelora.method.paths import Choice, Path, choose, keep, kept, returns_private
 from spikelora.method.sharding import own_shard
-from spikelora.method.variants import (
-    SpikeConvVariant,
-    SpikeEmbeddingVariant,
-    SpikeLinearVariant,
-    SpikeVariant,
-    refuse_merging,
-)
 
 
 class SpikingLayer(nn.Module, lora.LoraLayer):
@@ -35,7 +29,7 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_gate")
     target_name: str  # the layer's name in its model
-    variant: type[SpikeVariant]
+    variant: type[variants.SpikeVariant]
 
     if TYPE_CHECKING:  # PEFT's layers have no types, and torch's modules give every attribute the wrong one
 
@@ -116,7 +110,7 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
             gate.load_state_dict(dict(self.lora_gate[gate.made_like].named_buffers()), strict=False)
             gate.made_like = None
 
-    merge = get_delta_weight = refuse_merging
+    merge = get_delta_weight = variants.refuse_merging
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
@@ -148,9 +142,13 @@ class SpikingLinear(SpikingLayer):
     same values, see `path`.
     """
 
-    variant = SpikeLinearVariant
+    variant = variants.SpikeLinearVariant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs:
+            operands = kept(self, x)
+            if operands is not None:
+                return spike_linear_uncast(x, *operands)
         adapters = self.active_adapters
         if args or kwargs or self.disable_adapters or len(adapters) != 1 or adapters[0] not in self._gates():
             return self._forward_of_peft(x, *args, **kwargs)
@@ -162,7 +160,11 @@ class SpikingLinear(SpikingLayer):
             return spike_branch(base(x), x, choice.adapter, returns_private(base))
         parameters = base._parameters
         weight = parameters["weight"] if type(base) is nn.Linear else parameters["weight"].T  # as Conv1D stores it
+        keep(self, adapters[0], x, choice.adapter)
         return spike_linear(x, weight, parameters["bias"], choice.adapter)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}  # which is of these parts
 
     def _gates(self) -> dict[str, nn.Module | None]:
         """The gates by adapter; as an attribute, `lora_gate` would take two microseconds of every forward."""
@@ -197,7 +199,7 @@ class Linear(SpikingLinear, lora.Linear):
 class SpikingConv(SpikingLayer):
     """A convolution, with or without groups."""
 
-    variant = SpikeConvVariant
+    variant = variants.SpikeConvVariant
 
     def _put(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
         lora_A, lora_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
@@ -223,7 +225,7 @@ class Conv3d(SpikingConv, lora.Conv3d):
 class Embedding(SpikingLayer, lora.Embedding):
     """For `nn.Embedding`."""
 
-    variant = SpikeEmbeddingVariant
+    variant = variants.SpikeEmbeddingVariant
 
     def low_rank(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]

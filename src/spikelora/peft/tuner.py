@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from spikelora.errors import SpikeLoraError
-from spikelora.method.layers import Embedding, SpikingLayer, has_spiking_type, make_spiking, refuse_merging
+from spikelora.method.layers import Embedding, SpikingLayer, has_spiking_type, make_spiking
+from spikelora.method.variants import refuse_merging
 from spikelora.peft.adapter_files import check_tensors
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.loading import as_it_was, check_fit

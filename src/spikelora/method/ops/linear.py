@@ -20,9 +20,9 @@ from torch import Tensor
 from spikelora.errors import SpikeLoraError
 from spikelora.method.composed import as_saved, composed_gate, gradients, is_differentiated_again
 from spikelora.method.ops import torch_backend
+from spikelora.method.ops.frozen import product, product_backward
 
 _MAX_TRITON_RANK = 256  # up to here the kernels are tested
-_COLUMNS = 256  # of a weight, transposed at a time
 
 
 class Adapter(NamedTuple):
@@ -56,11 +56,16 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     """
     if is_autocast(x):
         x, adapter = _as_autocast(x, adapter)
+    return spike_linear_uncast(x, weight, bias, adapter)
+
+
+def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """The same where autocast is off, or has been seen to."""
     if torch.is_grad_enabled():
         y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
     tokens = _tokens(x)
-    y = _linear(tokens, weight, bias)
+    y = product(tokens, weight, bias)
     _add_adapter_(y, tokens, adapter, need_a=False)
     return y if tokens is x else y.view(*x.shape[:-1], y.shape[1])
 
@@ -100,7 +105,7 @@ class _SpikeLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, v_threshold, tau, *numbers):
         tokens = _tokens(x)
-        y = _linear(tokens, weight, bias)
+        y = product(tokens, weight, bias)
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers = numbers
         neuron = as_saved(v_threshold), as_saved(tau)
@@ -117,7 +122,7 @@ class _SpikeLinear(torch.autograd.Function):
             return composed[0], None, grad_bias, *composed[1:], None, None, None, None
         with _without_autocast(grad_y):
             tokens = _tokens(grad_y)
-            grad_x = _linear_backward(tokens, weight) if need_x else None
+            grad_x = product_backward(tokens, weight) if need_x else None
             grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
             grad_bias = tokens.sum(0) if need_bias else None
         if grad_x is not None and tokens is not grad_y:
@@ -205,31 +210,6 @@ def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
 def _without_autocast(x: Tensor) -> AbstractContextManager:
     """The backward has the dtypes of the forward, even where autocast is on around it."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias`; under autocast the weight is cast here and again backward, and no copy of it is kept."""
-    if weight.dtype != x.dtype:
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight, bias)
-
-
-def _linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
-    if weight.dtype != grad_y.dtype:
-        weight = weight.to(grad_y.dtype)
-    if not _is_slow(grad_y):
-        return torch.mm(grad_y, weight)
-    # Where the CPU has no half-precision product, torch's own wants the summed index contiguous in both: with AVX2 and
-    # 512 tokens of 1024 features, 52 ms in place of 1.1 s. A part at a time, so that the copies stay small.
-    grad_x = grad_y.new_empty(grad_y.shape[0], weight.shape[1])
-    for part, out in zip(weight.split(_COLUMNS, dim=1), grad_x.split(_COLUMNS, dim=1), strict=True):
-        torch.mm(grad_y, part.t().contiguous().t(), out=out)
-    return grad_x
-
-
-def _is_slow(grad_y: Tensor) -> bool:
-    """Whether torch's own product may have no fast way for it."""
-    return grad_y.dtype in (torch.float16, torch.bfloat16) and grad_y.is_cpu and not torch.compiler.is_compiling()
 
 
 def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
