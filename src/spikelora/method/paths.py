@@ -84,10 +84,12 @@ def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
 
 def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
     """Keep that a layer takes `Path.FUSED`, for `kept`; not with dropout, learned numbers, observers or autocast."""
+    if torch.compiler.is_compiling():
+        return
     base, *parts = (layer.base_layer, *(layer._modules[name]._modules[adapter_name] for name in _PARTS))
-    is_usual = type(base) is nn.Linear and x.dtype == base.weight.dtype and not x.is_meta
-    is_fixed = type(parts[2]) is nn.Identity and {"v_threshold", "tau"} <= parts[3]._buffers.keys()
-    if is_usual and is_fixed and not adapter.observers and not torch.compiler.is_compiling():
+    gate, is_usual = parts[3], type(base) is nn.Linear and x.dtype == base.weight.dtype and not x.is_meta
+    is_fixed = type(parts[2]) is nn.Identity and not (gate.learn_threshold or gate.learn_tau or gate.observers)
+    if is_usual and is_fixed:
         dtypes = (x.dtype, x.dtype, adapter.A.dtype, adapter.A.dtype, torch.float32, torch.float32)
         n_hooks = RemovableHandle.next_id
         layer.__dict__["_kept"] = Kept(adapter, [adapter_name], (base, *parts), dtypes, x.device.type, n_hooks)
