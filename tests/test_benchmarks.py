@@ -157,12 +157,16 @@ class TestAWrongResult:
 
     @pytest.fixture
     def wrong_scaling(self, monkeypatch):
-        add_up_ = torch_backend.add_up_
+        add_up_, add_adapter_ = torch_backend.add_up_, torch_backend.add_adapter_
 
         def wrong(y, a, B, v_threshold, tau, scaling):
             add_up_(y, a, B, v_threshold, tau, 1.1 * scaling)
 
+        def wrong_as_well(y, x, A, B, v_threshold, tau, scale, scaling, need_a):
+            return add_adapter_(y, x, A, B, v_threshold, tau, scale, 1.1 * scaling, need_a)
+
         monkeypatch.setattr(torch_backend, "add_up_", wrong)
+        monkeypatch.setattr(torch_backend, "add_adapter_", wrong_as_well)
 
     @pytest.mark.parametrize("benchmark", ["whole_model", "sparsity", "events", "one_layer"])
     def test_of_ours_stops_the_run_without_a_figure(self, benchmark, wrong_scaling, tmp_path, capsys):
@@ -253,7 +257,7 @@ class TestHost:
         ("dtype", "lora", "ours"),
         [
             # base, two products, scaling, sum; ours without the scaling, or as the base and two kernels
-            (torch.float32, (5, 5, 12), {host.CPU: (4, 4, 16), host.KERNELS: (3, 3, 7)}),
+            (torch.float32, (5, 5, 12), {host.CPU: (4, 4, 17), host.KERNELS: (3, 3, 7)}),
             # and the casts of x and of the sum
             (torch.bfloat16, (7, 7, 17), {host.CPU: (6, 6, None), host.KERNELS: (3, 3, 7)}),
         ],

@@ -64,10 +64,14 @@ def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter:
     if torch.is_grad_enabled():
         y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
-    tokens = _tokens(x)
-    y = product(tokens, weight, bias)
-    _add_adapter_(y, tokens, adapter, need_a=False)
-    return y if tokens is x else y.view(*x.shape[:-1], y.shape[1])
+    y = product(x, weight, bias).contiguous()
+    tokens, out = _tokens(x), y.view(-1, y.shape[-1])
+    A, B, v_threshold, tau, _, scaling, dropout, observers = adapter
+    if dropout or observers:
+        _add_adapter_(out, tokens, adapter, need_a=False)
+    else:
+        _backend(y, A).add_adapter_(out, tokens, A, B, v_threshold, tau, 1.0, scaling, False)
+    return y
 
 
 def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tensor:
