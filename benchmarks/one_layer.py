@@ -46,7 +46,7 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
             *(MIDDLE._replace(r=n) for n in RANKS),
         ]
         on_gpu = device.type == "cuda"
-        sizes, rounds, dtype = list(dict.fromkeys(varied)), 9, torch.bfloat16 if on_gpu else torch.float32
+        sizes, rounds, dtype = list(dict.fromkeys(varied)), 21, torch.bfloat16 if on_gpu else torch.float32
     return [
         Job(f"one layer, {s.tokens} tokens, width {s.width}, r {s.r}", partial(_run, s, rounds, dtype, device))
         for s in sizes
