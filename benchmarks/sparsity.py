@@ -79,7 +79,7 @@ def _up(layer: nn.Module, y: Tensor, a: Tensor, threshold: Tensor) -> Callable[[
     from spikelora.method.ops import triton_backend  # needs triton, which torch for CPUs does not bring
 
     partials = a.float().unsqueeze(0)
-    arguments = (y, partials, None, None, B, B.stride()[::-1], threshold, tau, None, 1.0, scaling, 0.0)
+    arguments = (y, partials, None, None, B, B.stride()[::-1], threshold, tau, None, 1.0, scaling, 0.0, False)
     return torch.no_grad()(partial(triton_backend._expand_add_, *arguments))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spikelora import SpikeLoraError
+from spikelora.peft.config import SURROGATES
 
 from .methods import METHODS, adapter_config
 from .tasks import TASKS
@@ -50,6 +51,8 @@ class Run:
     tau: float | None = None
     target_sparsity: float | None = None
     learn_threshold: bool | None = None
+    surrogate: str | None = None
+    surrogate_alpha: float | None = None
     rate: float | None = None
     position: str | None = None
     # Training.
@@ -125,7 +128,7 @@ _TEXTS = ("title", "question", "finding", "compare")
 _KEYS = {*_TEXTS, "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
 _SHOWN = ("sweep", "modules", "gradients", "history")
 _TYPES = {f.name: f.type for f in fields(Run)}
-_OWN = {"v_threshold", "tau", "target_sparsity", "learn_threshold", "rate", "position"}
+_OWN = {"v_threshold", "tau", "target_sparsity", "learn_threshold", "surrogate", "surrogate_alpha", "rate", "position"}
 # What each field of a run has to be, beside its type.
 _LIMITS = {
     "learning_rate": (lambda v: v > 0, "above 0"),
@@ -135,6 +138,8 @@ _LIMITS = {
     "rate": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "tau": (lambda v: v > 1, "above 1"),
     "target_sparsity": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "surrogate": (lambda v: v in SURROGATES, f"one of {', '.join(SURROGATES)}"),
+    "surrogate_alpha": (lambda v: v > 0, "above 0"),
     "position": (lambda v: v in ("A", "B", "BA"), "A, B or BA"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),

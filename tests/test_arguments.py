@@ -65,6 +65,7 @@ TABLE = {
     (SparsityControlCallback, "gain"): [None, 0, 1.1, "0.1", True, float("nan")],
     (SpikeLoraConfig, "v_threshold"): [None, "0.1", True, float("nan"), float("inf")],
     (SpikeLoraConfig, "tau"): [None, "2", True, 1, 0, float("nan")],
+    (SpikeLoraConfig, "surrogate"): [None, "step", 1],
     (SpikeLoraConfig, "surrogate_alpha"): [None, "2", True, 0, -1, float("nan")],
     (SpikeLoraConfig, "learn_threshold"): [None, "yes", 1],
     (SpikeLoraConfig, "learn_tau"): [None, "yes", 1],

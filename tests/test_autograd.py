@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 from spikelora import SpikeLoraError
 from spikelora.method.composed import composed_gate
-from spikelora.method.neuron import atan_surrogate, spike_gate
+from spikelora.method.neuron import atan_surrogate, spike_gate, straight_through_window
 from spikelora.method.paths import Path, force_path
 
 # What torch makes the derivatives of forward mode of.
@@ -24,7 +24,9 @@ BASES = {
     "embedding": (lambda: nn.Embedding(9, 5), torch.arange(15).view(5, 3) % 9),
     "convolution": (lambda: nn.Conv1d(3, 5, 3), X),
 }
-OPTIONS = {"fixed": {}, "learned": {"learn_threshold": True, "learn_tau": True}}
+LEARNED = {"learn_threshold": True, "learn_tau": True}
+STRAIGHT = LEARNED | {"surrogate": "straight_through"}
+OPTIONS = {"fixed": {}, "learned": LEARNED, "straight through": STRAIGHT}
 CASES = [pytest.param(base, options, id=f"{base} {options}") for base in BASES for options in OPTIONS]
 
 
@@ -142,8 +144,9 @@ def test_a_second_backward_without_the_input_says_what_to_do():
         torch.autograd.grad(model(x).sum(), list(trained(model).values()), create_graph=True)
 
 
+@pytest.mark.parametrize("straight_through", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_composed_gate_is_the_gate(dtype):
+def test_the_composed_gate_is_the_gate(dtype, straight_through):
     a = torch.randn(200, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
     a[0, :3] = torch.tensor([torch.inf, -torch.inf, 0.2])
     w = torch.randn(a.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
@@ -151,7 +154,7 @@ def test_the_composed_gate_is_the_gate(dtype):
     results = []
     for gate in (spike_gate, composed_gate):
         leaves = [t.clone().requires_grad_() for t in (a, v_threshold, tau)]
-        gated = gate(*leaves, 2.0)
+        gated = gate(*leaves, 2.0, straight_through)
         (gated.masked_fill(gated.isinf(), 0) * w).sum().backward()
         results.append((gated, *(leaf.grad for leaf in leaves)))
     for composed, expected in zip(results[1], results[0], strict=True):
@@ -160,7 +163,7 @@ def test_the_composed_gate_is_the_gate(dtype):
     assert torch.equal(results[0][0], results[1][0])
     assert all(gradient.isfinite().all() for gradient in results[0][1:])
     nan = torch.full((2,), torch.nan, dtype=dtype)
-    assert composed_gate(nan, v_threshold, tau, 2.0).isnan().all()
+    assert composed_gate(nan, v_threshold, tau, 2.0, straight_through).isnan().all()
 
 
 def test_a_second_derivative_is_that_of_the_surrogate():
@@ -174,6 +177,17 @@ def test_a_second_derivative_is_that_of_the_surrogate():
     torch.testing.assert_close(
         second, 2 * atan_surrogate(u, alpha) / tau + a.detach() * slope / tau**2, rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_second_derivative_straight_through_is_that_of_the_window():
+    """`d2 gated / d a2 = (1 - spikes) * w'(u) / tau`, `w'` by finite differences of `w`."""
+    a = torch.linspace(-3, 3, 61, dtype=torch.float64).requires_grad_()
+    v_threshold, tau, alpha, step = 0.1, 2.0, 2.0, 1e-5
+    (first,) = torch.autograd.grad(spike_gate(a, v_threshold, tau, alpha, True).sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), a)
+    u = a.detach() / tau - v_threshold
+    slope = (straight_through_window(u + step, alpha) - straight_through_window(u - step, alpha)) / (2 * step)
+    torch.testing.assert_close(second, torch.where(u < 0, slope, 0) / tau, rtol=1e-6, atol=1e-6)
 
 
 def test_per_sample_gradients_of_a_model():

@@ -22,6 +22,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf, 1e300, True, "0.1", None]
 NEURON = {
     "v_threshold": -0.25,
     "tau": 1.5,
+    "surrogate": "straight_through",
     "surrogate_alpha": 4.0,
     "learn_threshold": True,
     "learn_tau": True,
@@ -49,6 +50,7 @@ def test_defaults_are_the_paper_s():
     assert {name: getattr(config, name) for name in NEURON} == {
         "v_threshold": 0.1,
         "tau": 2.0,
+        "surrogate": "atan",
         "surrogate_alpha": 2.0,
         "learn_threshold": False,
         "learn_tau": False,
@@ -68,6 +70,7 @@ def test_the_exception_is_a_value_error():
         *(("v_threshold", value) for value in NOT_FINITE),
         *(("tau", value) for value in [*NOT_FINITE, 1, 0.5, 0, -2.0, 1.0 + 1e-9]),
         *(("surrogate_alpha", value) for value in [*NOT_FINITE, 0, -1]),
+        *(("surrogate", value) for value in ["ATan", "", None, 1]),
         *(("r", value) for value in [0, -1, 2.5, True, "8", None]),
         *(("rank_pattern", {"x": value}) for value in [0, -1, 2.5, True, "8", None]),
         *(("threshold_pattern", {"x": value}) for value in NOT_FINITE),

@@ -570,3 +570,14 @@ def test_a_failed_load_of_another_method_is_peft_s_affair(saved, tmp_path):
     (tmp_path / CONFIG).write_text("{")
     with pytest.raises(SpikeLoraError, match=r"adapter_config\.json is damaged"):
         PeftModel.from_pretrained(tiny_opt(), tmp_path)
+
+
+@pytest.mark.parametrize("loader", READ_THE_CONFIGURATION)
+def test_a_surrogate_of_a_newer_version(loader, saved, tmp_path):
+    """The forward does not depend on it, so that the adapter loads, and says so."""
+    files, _, base_folder = saved
+    fields = json.loads(files[CONFIG])
+    assert fields["surrogate"] == "atan"
+    folder = write(files | {CONFIG: json.dumps(fields | {"surrogate": "later"}).encode()}, tmp_path / "adapter")
+    with pytest.warns(RuntimeWarning, match="trained with the surrogate gradient 'later', which this version does not"):
+        LOADERS[loader][1](LOADERS[loader][0](base_folder), folder)

@@ -70,7 +70,8 @@ def test_a_change_of_the_threshold_is_seen_however_it_is_made(change):
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("threshold", [0.1, -0.4, 0.0, 1e30, -1e30])
-def test_the_gradient_is_the_oracle_s(dtype, threshold):
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_the_gradient_is_the_oracle_s(dtype, threshold, straight_through):
     v_threshold, tau = torch.tensor([threshold]), torch.tensor([1.7])
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(20, 8, generator=generator).to(dtype)
@@ -78,15 +79,16 @@ def test_the_gradient_is_the_oracle_s(dtype, threshold):
     a[1, 0] = 2e30
     grad_y, B = torch.randn(20, 5, generator=generator).to(dtype), torch.randn(5, 8, generator=generator).to(dtype)
 
-    grad_a, grad_B, *_ = torch_backend.up_backward(grad_y, a, B, v_threshold, tau, 1.5, 0.75, True, False, False)
+    numbers = B, v_threshold, tau, 1.5, straight_through, 0.75, True, False, False
+    grad_a, grad_B, *_ = torch_backend.up_backward(grad_y, a, *numbers)
 
     leaf = a.double().requires_grad_()
-    gated = spike_gate(leaf, v_threshold, tau, 1.5)
+    gated = spike_gate(leaf, v_threshold, tau, 1.5, straight_through)
     (expected,) = torch.autograd.grad(gated, leaf, 0.75 * grad_y.double() @ B.double())
     tolerance = {F32: 1e-5, F64: 1e-12, BF16: 2e-2}[dtype]
     torch.testing.assert_close(grad_a.double(), expected, rtol=tolerance, atol=tolerance)
     finite = gated.detach()[2:]  # the first rows make the sums infinite
-    grad_B = torch_backend.up_backward(grad_y[2:], a[2:], B, v_threshold, tau, 1.5, 0.75, True, False, False)[1]
+    grad_B = torch_backend.up_backward(grad_y[2:], a[2:], *numbers)[1]
     torch.testing.assert_close(
         grad_B.double(), 0.75 * grad_y[2:].double().T @ finite, rtol=5 * tolerance, atol=5 * tolerance
     )

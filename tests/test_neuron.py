@@ -172,6 +172,32 @@ def test_gradients_worked_by_hand():
     assert grad_tau.tolist() == pytest.approx([-(1 + 10 * s) / 4], abs=1e-6)
 
 
+def test_straight_through_gradients_worked_by_hand():
+    # v = 0.5, -0.5 and 0.25; u = 0, -1 and -0.25: the first fires, and w(-1) = s'(-1), w(-0.25) = 1 / (1 + pi**2 / 16).
+    s = 1 / (1 + math.pi**2)
+    a, w = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([1.0, 10.0, 2.0])
+
+    gated, (grad_a, *of_neuron) = gradients(
+        lambda *args: spike_gate(*args, 2.0, True), a, w, torch.tensor([0.5]), torch.tensor([2.0])
+    )
+    _, (_, *of_surrogate) = gradients(
+        lambda *args: spike_gate(*args, 2.0), a, w, torch.tensor([0.5]), torch.tensor([2.0])
+    )
+
+    assert gated.tolist() == [1, 0, 0]
+    assert grad_a.tolist() == pytest.approx([1, 10 * s, 2 / (1 + math.pi**2 / 16)], abs=1e-6)
+    assert of_neuron == of_surrogate
+
+
+def test_straight_through_values_that_are_not_finite():
+    a = torch.tensor([-math.inf, math.inf, math.nan])
+
+    gated, (grad,) = gradients(lambda a: spike_gate(a, 0.1, 2.0, 2.0, True), a, torch.ones_like(a))
+
+    torch.testing.assert_close(gated, torch.tensor([0, math.inf, math.nan]), equal_nan=True)
+    torch.testing.assert_close(grad, torch.tensor([0, 1, math.nan]), equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_learned_neuron_keeps_float32_beside_half_precision(dtype):
     a = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).to(dtype)

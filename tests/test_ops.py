@@ -1,6 +1,7 @@
 """The fast functions of the gated layer against the oracle, by value: outputs and all gradients."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from spikelora.method.ops import frozen, linear, torch_backend
 from spikelora.method.ops.linear import Adapter, spike_branch, spike_linear
 
 ALPHA, SCALING = 2.0, 1.5
+STRAIGHT_THROUGH = False
 LEAVES = ("x", "bias", "A", "B", "v_threshold", "tau")
 
 
@@ -45,18 +47,24 @@ def tensors(tokens, features, out, r, dtype=torch.float32, adapter_dtype=None):
     return made | neuron
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["surrogate", "straight through"])
+def straight_through(request, monkeypatch):
+    """Every test with both gradients of the gate."""
+    monkeypatch.setattr(sys.modules[__name__], "STRAIGHT_THROUGH", request.param)
+
+
 def oracle(t, dropout_mask=None, kept=1.0):
     """The layer through the reference neuron, each product by itself, in the adapter's dtype as PEFT casts it."""
     x = t["x"].to(t["A"].dtype)
     if dropout_mask is not None:
         x = x * dropout_mask / kept
-    gated = spike_gate(x @ t["A"].T, t["v_threshold"], t["tau"], ALPHA)
+    gated = spike_gate(x @ t["A"].T, t["v_threshold"], t["tau"], ALPHA, STRAIGHT_THROUGH)
     base = F.linear(t["x"], t["weight"], t["bias"])
     return (base + SCALING * (gated @ t["B"].T)).to(base.dtype)
 
 
 def adapter_of(t, dropout=0.0):
-    return Adapter(t["A"], t["B"], t["v_threshold"], t["tau"], ALPHA, SCALING, dropout)
+    return Adapter(t["A"], t["B"], t["v_threshold"], t["tau"], ALPHA, STRAIGHT_THROUGH, SCALING, dropout)
 
 
 def fused(t, dropout=0.0):
@@ -254,11 +262,11 @@ def test_infinite_activations_leave_the_gradients_finite():
     a = torch.tensor([[1.0, -math.inf, 0.3, math.inf]])
     t = tensors((1,), 4, 20, 4)
     grads = torch_backend.up_backward(
-        torch.ones(1, 20), a, t["B"], t["v_threshold"], t["tau"], ALPHA, SCALING, False, True, True
+        torch.ones(1, 20), a, t["B"], t["v_threshold"], t["tau"], ALPHA, STRAIGHT_THROUGH, SCALING, False, True, True
     )
     leaf, *neuron = (value.detach().requires_grad_() for value in (a, t["v_threshold"], t["tau"]))
     g = SCALING * torch.ones(1, 20) @ t["B"]
-    expected = torch.autograd.grad(spike_gate(leaf, *neuron, ALPHA), (leaf, *neuron), g)
+    expected = torch.autograd.grad(spike_gate(leaf, *neuron, ALPHA, STRAIGHT_THROUGH), (leaf, *neuron), g)
     assert all(grad.isfinite().all() for grad in expected)
     torch.testing.assert_close((grads[0], *grads[2:]), expected, rtol=1e-6, atol=1e-6)
 
@@ -401,7 +409,7 @@ def test_autocast(path):
 
 
 def autocast_oracle(t):
-    gated = spike_gate(F.linear(t["x"], t["A"]), t["v_threshold"], t["tau"], ALPHA)
+    gated = spike_gate(F.linear(t["x"], t["A"]), t["v_threshold"], t["tau"], ALPHA, STRAIGHT_THROUGH)
     return F.linear(t["x"], t["weight"], t["bias"]) + SCALING * F.linear(gated, t["B"])
 
 

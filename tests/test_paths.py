@@ -242,6 +242,7 @@ REPLACED = {name: act for name, (act, *_) in CHANGES.items() if name != "nothing
     "threshold": set_a_number("v_threshold"),
     "tau": set_a_number("tau"),
     "surrogate": lambda layer: setattr(part_of(layer, "lora_gate"), "surrogate_alpha", 9.0),
+    "gradient": lambda layer: setattr(part_of(layer, "lora_gate"), "straight_through", True),
     "scale": lambda layer: layer.set_scale("default", 3.0),
     "another adapter": add_an_adapter,
     "several adapters": lambda layer: (add_an_adapter(layer), layer.set_adapter(["default", "other"])),

@@ -30,6 +30,7 @@ ATOL = 1e-5
 SUM_TOL = {"rtol": 1e-4, "atol": 1e-4}
 SHARED_MEMORY = 101376  # bytes of a block on the smaller cards since sm_80; an A100 and an H100 have more
 ALPHA, SCALE, SCALING = 1.5, 1.25, 0.75
+STRAIGHT_THROUGH = False
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -64,6 +65,15 @@ def buffers(monkeypatch):
     for memory, shape in made:
         assert memory[:256].isnan().all(), f"written before a buffer {shape}"
         assert memory[-256:].isnan().all(), f"written after a buffer {shape}"
+
+
+@pytest.fixture(params=[False, True], ids=["surrogate", "straight through"])
+def both_gradients(request, monkeypatch):
+    """A test with both gradients of the gate."""
+    monkeypatch.setattr(sys.modules[__name__], "STRAIGHT_THROUGH", request.param)
+
+
+both_gradients_too = pytest.mark.usefixtures("both_gradients")
 
 
 @pytest.fixture
@@ -102,7 +112,7 @@ def assert_close(actual, expected, dtype):
 def reference(a, y, B, v_threshold, tau, grad_y):
     """`y` after the update, and the gradients of a, B, v_threshold and tau, through the oracle in float64."""
     a, B, v_threshold, tau = leaves = [t.double().requires_grad_() for t in (a, B, v_threshold, tau)]
-    update = SCALING * spike_gate(a, v_threshold, tau, ALPHA) @ B.T
+    update = SCALING * spike_gate(a, v_threshold, tau, ALPHA, STRAIGHT_THROUGH) @ B.T
     return y.double() + update.detach(), torch.autograd.grad(update, leaves, grad_y.double())
 
 
@@ -127,7 +137,9 @@ def assert_backend(backend, x, A, y, B, v_threshold, tau, grad_y, grad_x):
     assert_close(y, expected, T)
     assert y._base.isnan().sum() - y.isnan().sum() == outside
 
-    grads, grad_a = backward(backend, grad_y, grad_x, x, a, A, B, *neuron, ALPHA, SCALE, SCALING, (True,) * 4)
+    grads, grad_a = backward(
+        backend, grad_y, grad_x, x, a, A, B, *neuron, ALPHA, STRAIGHT_THROUGH, SCALE, SCALING, (True,) * 4
+    )
     assert_close(grad_a, gradients[0], P)
     assert_close(grad_x, grad_x_before.double() + SCALE * grad_a.double() @ A.double(), T)
     assert_close(grads[0], SCALE * grad_a.double().T @ x.double(), P)
@@ -145,6 +157,7 @@ def operands(T, P, n, n_in, n_out, r, layout="contiguous"):
     return x, A, y, B, *numbers(0.1, 1.7), grad_y, grad_x
 
 
+@both_gradients_too
 @pytest.mark.parametrize(("T", "P"), DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
 def check_dtypes_and_layouts(backend, T, P, layout):
@@ -183,7 +196,9 @@ def train(steps, dropout):
         torch.manual_seed(step)
         h = x
         for weight, adapter, neuron in zip(weights, adapters, neurons, strict=True):
-            h = linear.spike_linear(h, weight, None, linear.Adapter(*adapter, *neuron, ALPHA, SCALING, dropout)).tanh()
+            h = linear.spike_linear(
+                h, weight, None, linear.Adapter(*adapter, *neuron, ALPHA, STRAIGHT_THROUGH, SCALING, dropout)
+            ).tanh()
         loss = (h.float() - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -192,6 +207,7 @@ def train(steps, dropout):
     return losses
 
 
+@both_gradients_too
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, monkeypatch):
     expected = train(12, dropout)
@@ -215,10 +231,22 @@ def assert_given(backend, y, a, B, v_threshold, tau, grad_y):
     """The same for an `a` as it is, of which no product with anything is asked."""
     neuron, nothing = (v_threshold, tau), torch.zeros(a.shape[1], 0, dtype=a.dtype)
     expected, gradients = reference(a, y, B, *neuron, grad_y)
-    backend._expand_add_(y, a.float()[None], None, None, B, B.stride()[::-1], *neuron, None, 1.0, SCALING, 0.0)
+    backend._expand_add_(y, a.float()[None], None, None, B, B.stride()[::-1], *neuron, None, 1.0, SCALING, 0.0, False)
     assert_close(y, expected, y.dtype)
     (_, *grads), grad_a = backward(
-        backend, grad_y, None, None, a, nothing, B, *neuron, ALPHA, 1.0, SCALING, (False, True, True, True)
+        backend,
+        grad_y,
+        None,
+        None,
+        a,
+        nothing,
+        B,
+        *neuron,
+        ALPHA,
+        STRAIGHT_THROUGH,
+        1.0,
+        SCALING,
+        (False, True, True, True),
     )
     assert_close(grad_a, gradients[0], a.dtype)
     assert_close(grads[0], gradients[1], a.dtype)
@@ -246,7 +274,9 @@ def check_compares_as_the_oracle_does(backend, P, threshold, tau):
         above.append(torch.nextafter(above[-1], torch.full_like(at, math.inf)))
     a = torch.cat([*below, *above]).reshape(1, -1)
 
-    assert torch.equal(read_gate(backend, a, v_threshold, tau), spike_gate(a, v_threshold, tau, ALPHA).float())
+    assert torch.equal(
+        read_gate(backend, a, v_threshold, tau), spike_gate(a, v_threshold, tau, ALPHA, STRAIGHT_THROUGH).float()
+    )
 
 
 @pytest.mark.parametrize("P", [F32, BF16])
@@ -263,20 +293,24 @@ def check_infinity_and_nan(backend, P, threshold):
 
 def check_minus_infinity_is_silent(backend):
     y, partials, B = torch.zeros(1, 1), torch.full((1, 1, 1), -math.inf), torch.ones(1, 1)
-    backend._expand_add_(y, partials, None, None, B, (1, 1), *numbers(0.5, 2.0), None, 1.0, 1.0, 0.0)
+    backend._expand_add_(y, partials, None, None, B, (1, 1), *numbers(0.5, 2.0), None, 1.0, 1.0, 0.0, False)
     assert torch.equal(y, torch.zeros(1, 1))
 
 
+@both_gradients_too
 def check_infinite_gradient_does_not_meet_the_padding(backend):
     a, A, B, grad_y = torch.ones(2, 3), torch.ones(3, 5), torch.ones(4, 3), torch.ones(2, 4)
     grad_y[0, 0] = math.inf
     needs = (False, False, True, True)
-    grads = backend.adapter_backward(grad_y, None, None, a, A, B, *numbers(0.5, 2.0), ALPHA, SCALE, SCALING, needs)
+    grads = backend.adapter_backward(
+        grad_y, None, None, a, A, B, *numbers(0.5, 2.0), ALPHA, STRAIGHT_THROUGH, SCALE, SCALING, needs
+    )
 
     assert grads[:2] == (None, None)
     assert torch.equal(torch.cat(grads[2:]), torch.full((2,), -math.inf))
 
 
+@both_gradients_too
 @pytest.mark.parametrize("need_x", [True, False])
 @pytest.mark.parametrize("needs", [[i == j for i in range(4)] for j in range(5)])
 def check_computes_what_is_needed(backend, needs, need_x):
@@ -288,7 +322,16 @@ def check_computes_what_is_needed(backend, needs, need_x):
     before = grad_x.clone()
 
     actual = backend.adapter_backward(
-        grad_y, grad_x if need_x else None, x if needs[0] else None, a, *inputs, ALPHA, SCALE, SCALING, needs
+        grad_y,
+        grad_x if need_x else None,
+        x if needs[0] else None,
+        a,
+        *inputs,
+        ALPHA,
+        STRAIGHT_THROUGH,
+        SCALE,
+        SCALING,
+        needs,
     )
     assert_close(grad_x, before.double() + (SCALE * grad_a @ A.double() if need_x else 0), F32)
     for gradient, wanted, needed in zip(actual, expected, needs, strict=True):
@@ -360,7 +403,7 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
     v_threshold, tau = numbers(0.1, 2.0)
 
     a = backend.add_adapter_(y, x, A, B, v_threshold, tau, SCALE, SCALING, True)
-    backend.adapter_backward(y, x, x, a, A, B, v_threshold, tau, ALPHA, SCALE, SCALING, (True,) * 4)
+    backend.adapter_backward(y, x, x, a, A, B, v_threshold, tau, ALPHA, STRAIGHT_THROUGH, SCALE, SCALING, (True,) * 4)
 
     assert len(launches) == 5
     for arguments, kernel in launches:
@@ -372,6 +415,7 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
             assert "ld.global.b16" not in kernel.asm["ptx"], kernel.metadata.name
 
 
+@both_gradients_too
 @pytest.mark.parametrize("needed", ["A", "B", "neuron"])
 def compile_what_is_needed(launches, needed):
     """What is None is known to the compiler, and what depends on it is left out of a kernel."""
@@ -380,7 +424,7 @@ def compile_what_is_needed(launches, needed):
     assert backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, False) is None
     a, needs = torch.zeros(20, 8), (needed == "A", needed == "B", needed == "neuron", needed == "neuron")
     for of_x in (grad_x, None):
-        backend.adapter_backward(grad_y, of_x, x, a, A, B, *neuron, ALPHA, SCALE, SCALING, needs)
+        backend.adapter_backward(grad_y, of_x, x, a, A, B, *neuron, ALPHA, STRAIGHT_THROUGH, SCALE, SCALING, needs)
 
     names = [kernel.metadata.name for _, kernel in launches]
     assert names[:2] == ["_contract_features", "_expand_add"]
@@ -397,7 +441,9 @@ def compile_once_and_start_again(launches, monkeypatch):
 
     def step():
         a = backend.add_adapter_(y, x, A, B, *neuron, SCALE, SCALING, True)
-        backend.adapter_backward(grad_y, grad_x, x, a, A, B, *neuron, ALPHA, SCALE, SCALING, (True,) * 4)
+        backend.adapter_backward(
+            grad_y, grad_x, x, a, A, B, *neuron, ALPHA, STRAIGHT_THROUGH, SCALE, SCALING, (True,) * 4
+        )
 
     step()
     first = [list(arguments.values()) for arguments, _ in launches]
@@ -424,6 +470,7 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(launches) == 7
 
 
+@both_gradients_too
 @pytest.mark.parametrize("rank", [1, 8, 256])
 def compile_and_work(launches, rank):
     backend = importlib.import_module("spikelora.method.ops.triton_backend")

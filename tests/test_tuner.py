@@ -2,6 +2,7 @@
 
 import copy
 import re
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from transformers import (
 from spikelora import SpikeLoraConfig, SpikeLoraError, SpikeLoraModel
 from spikelora.method.gate import SpikeGate
 from spikelora.method.layers import SpikingLayer
+from spikelora.method.paths import Path as LayerPath
+from spikelora.method.paths import force_path
 from spikelora.peft.read_not_called import _READ_NOT_CALLED
 
 NEVER, ALWAYS = 1e30, -1e30
@@ -477,6 +480,23 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     assert len(expected) == 12 * 4
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=0, msg=name)
+
+
+def test_the_surrogate_reaches_every_gate(opt):
+    """And the gradient with it, on the path that a layer chooses and on the plain one."""
+    x, gradients = torch.arange(3, 31).view(2, 14), []
+    for surrogate in ("atan", "straight_through"):
+        torch.manual_seed(0)
+        model = spiking(copy.deepcopy(opt), surrogate=surrogate, init_lora_weights=False)
+        assert {gate.straight_through for gate in gates(model)} == {surrogate == "straight_through"}
+        for path in (None, LayerPath.PLAIN):
+            model.zero_grad()
+            with nullcontext() if path is None else force_path(path):
+                model(x).logits.square().mean().backward()
+            gradients.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_A" in n]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradients[2], gradients[3], rtol=1e-3, atol=1e-6)
+    assert (gradients[0] - gradients[2]).abs().max() > 1e-4
 
 
 def test_the_width_of_the_surrogate_reaches_every_gate(opt):

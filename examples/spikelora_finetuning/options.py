@@ -47,6 +47,7 @@ class Options:
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r)")
     v_threshold: float = flag(0.1, "firing threshold")
     tau: float = flag(2.0, "membrane time constant, > 1")
+    surrogate: Literal["atan", "straight_through"] = flag("atan", "gradient of the gate: the paper's, or another")
     target_sparsity: float | None = flag(
         None, "share of silent activations to hold during training, by the thresholds; v_threshold is where they begin"
     )

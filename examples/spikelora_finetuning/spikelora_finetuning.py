@@ -60,6 +60,7 @@ def adapter_config(options: Options, spiking: bool) -> LoraConfig:
     return SpikeLoraConfig(
         v_threshold=options.v_threshold,
         tau=options.tau,
+        surrogate=options.surrogate,
         target_sparsity=options.target_sparsity,
         learn_threshold=options.learn_threshold,
         learn_tau=options.learn_tau,

@@ -18,19 +18,40 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def composed_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surrogate_alpha: float) -> Tensor:
+def composed_gate(
+    a: Tensor,
+    v_threshold: Tensor | float,
+    tau: Tensor | float,
+    surrogate_alpha: float,
+    straight_through: bool = False,
+) -> Tensor:
     """`gated = a * spikes` by operations of torch alone, as `neuron.spike_gate` has it; they keep more for a backward.
 
     `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives.
+    A straight-through estimator adds the integral of its window by `a`, and takes the other by the numbers alone.
     """
-    half = a.dtype in (torch.float16, torch.bfloat16)
+    half, c = a.dtype in (torch.float16, torch.bfloat16), math.pi / 2 * surrogate_alpha
     is_finite = a.isfinite()
     finite_a = a.masked_fill(~is_finite, 0)
+    charged = finite_a.float() if half else finite_a
     spikes = (a.float() if half else a) / tau >= v_threshold
-    u = (finite_a.float() if half else finite_a) / tau - v_threshold
-    integral = torch.atan(math.pi / 2 * surrogate_alpha * u) / math.pi
-    product = finite_a * (spikes + (integral - integral.detach()))
+    if straight_through:
+        u = charged / _detached(tau) - _detached(v_threshold)
+        window = torch.where(spikes, 0, torch.atan(c * u) * (_detached(tau) / c))
+        by_numbers = charged.detach() * torch.atan(c * (charged.detach() / tau - v_threshold)) / math.pi
+        product = finite_a * spikes + _derivative(window) + _derivative(by_numbers)
+    else:
+        product = finite_a * (spikes + _derivative(torch.atan(c * (charged / tau - v_threshold)) / math.pi))
     return torch.where(is_finite, product.to(a.dtype), torch.where(spikes | a.isnan(), a, 0))
+
+
+def _derivative(integral: Tensor) -> Tensor:
+    """What is 0 in value and has the derivatives of its argument."""
+    return integral - integral.detach()
+
+
+def _detached(number: Tensor | float) -> Tensor | float:
+    return number.detach() if isinstance(number, Tensor) else number
 
 
 def is_differentiated_again() -> bool:

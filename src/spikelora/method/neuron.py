@@ -28,7 +28,21 @@ def atan_surrogate(u: Tensor, surrogate_alpha: float) -> Tensor:
     return (surrogate_alpha / 2) / (1 + (math.pi / 2 * surrogate_alpha * u) ** 2)
 
 
-def spike_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surrogate_alpha: float) -> Tensor:
+def straight_through_window(u: Tensor, surrogate_alpha: float) -> Tensor:
+    """Share of a gradient that passes a silent neuron at `u = v - v_threshold` < 0, with `alpha = surrogate_alpha` > 0.
+
+    `w(u) = 1 / (1 + (pi / 2 * alpha * u) ** 2)`, shaped like `u`: 1 at the threshold, with the shape of `s'`.
+    """
+    return 1 / (1 + (math.pi / 2 * surrogate_alpha * u) ** 2)
+
+
+def spike_gate(
+    a: Tensor,
+    v_threshold: Tensor | float,
+    tau: Tensor | float,
+    surrogate_alpha: float,
+    straight_through: bool = False,
+) -> Tensor:
     """Gate a low-rank activation by its own spikes: `gated = a * spikes`, `spikes = a / tau >= v_threshold`.
 
     It fires at equality. The backward puts the ATan surrogate for the derivative of the spike, `u = v - v_threshold`:
@@ -37,26 +51,33 @@ def spike_gate(a: Tensor, v_threshold: Tensor | float, tau: Tensor | float, surr
         d gated / d v_threshold = -a * s'(u)
         d gated / d tau         = -a * s'(u) * a / tau ** 2
 
-    Higher derivatives are those of `a * spike(u)` with `s'` for the derivative of `spike` each time it is taken.
+    With `straight_through` the first of them is another, a straight-through estimator (Bengio et al., arXiv 1308.3432)
+    in a window below the threshold; the paper's tells an activation with a < 0 to move away from where it is wanted:
+
+        d gated / d a           = spikes + (1 - spikes) * w(u)
+
+    Higher derivatives are those of `a * spike(u)` with `s'` for the derivative of `spike` each time it is taken, and
+    with `straight_through` those of the lines above, each by its own variable.
 
     Args:
         a: low-rank activation `(..., r)`, dimensionless.
         v_threshold: firing threshold in the units of `v`.
         tau: membrane time constant in steps, > 1.
-        surrogate_alpha: width parameter of the surrogate, > 0.
+        surrogate_alpha: width parameter of the surrogate and of the window, > 0; the larger, the narrower.
+        straight_through: whether `a` gets the gradient of the straight-through estimator.
 
     Returns:
         `gated (..., r)` in the dtype of `a`: graded values, not bits.
     """
     gate = composed_gate if is_transformed() else _SpikeGate.apply
-    gated: Tensor = gate(a, v_threshold, tau, surrogate_alpha)
+    gated: Tensor = gate(a, v_threshold, tau, surrogate_alpha, straight_through)
     return gated
 
 
 class _SpikeGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, v_threshold, tau, surrogate_alpha):
-        ctx.surrogate_alpha = surrogate_alpha
+    def forward(ctx, a, v_threshold, tau, surrogate_alpha, straight_through):
+        ctx.surrogate_alpha, ctx.straight_through = surrogate_alpha, straight_through
         ctx.numbers = [None if isinstance(t, Tensor) else t for t in (v_threshold, tau)]
         ctx.save_for_backward(a, *(as_saved(t) if isinstance(t, Tensor) else None for t in (v_threshold, tau)))
         spikes = charge(a, tau) >= v_threshold
@@ -68,8 +89,8 @@ class _SpikeGate(torch.autograd.Function):
         a, *tensors = ctx.saved_tensors
         v_threshold, tau = (t if n is None else n for t, n in zip(tensors, ctx.numbers, strict=True))
         if is_differentiated_again():
-            gate = partial(composed_gate, surrogate_alpha=ctx.surrogate_alpha)
-            return *gradients(gate, (a, v_threshold, tau), ctx.needs_input_grad[:3], grad), None
+            gate = partial(composed_gate, surrogate_alpha=ctx.surrogate_alpha, straight_through=ctx.straight_through)
+            return *gradients(gate, (a, v_threshold, tau), ctx.needs_input_grad[:3], grad), None, None
         v = charge(a, tau)
         spikes = v >= v_threshold
         # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.
@@ -77,9 +98,13 @@ class _SpikeGate(torch.autograd.Function):
         grad_v = grad * finite_a * atan_surrogate(v - v_threshold, ctx.surrogate_alpha)
         grad_a = grad_v_threshold = grad_tau = None
         if ctx.needs_input_grad[0]:
-            grad_a = (grad * spikes + grad_v / tau).to(a.dtype)
+            if ctx.straight_through:
+                window = straight_through_window(v - v_threshold, ctx.surrogate_alpha)
+                grad_a = (grad * torch.where(spikes, 1, window)).to(a.dtype)
+            else:
+                grad_a = (grad * spikes + grad_v / tau).to(a.dtype)
         if ctx.needs_input_grad[1]:
             grad_v_threshold = -grad_v.sum_to_size(v_threshold.shape).to(v_threshold.dtype)
         if ctx.needs_input_grad[2]:
             grad_tau = -(grad_v * finite_a / tau**2).sum_to_size(tau.shape).to(tau.dtype)
-        return grad_a, grad_v_threshold, grad_tau, None
+        return grad_a, grad_v_threshold, grad_tau, None, None

@@ -107,7 +107,7 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
     if choice is None or torch.compiler.is_compiling():
         return None
     adapter, active, parts, dtypes, device, n_hooks = choice
-    A, B, v_threshold, tau, alpha, scaling, _, _ = adapter
+    A, B, v_threshold, tau, alpha, straight_through, scaling, _, _ = adapter
     base, lora_A, lora_B, dropout, gate = parts
     modules, (name,) = own["_modules"], active
     if not (
@@ -143,6 +143,7 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
         and numbers.get("v_threshold") is v_threshold
         and numbers.get("tau") is tau
         and of_gate["surrogate_alpha"] is alpha
+        and of_gate["straight_through"] is straight_through
         and not of_gate["observers"]
         and not ("forward" in of_base or "forward" in of_A or "forward" in of_B)
         and not ("forward" in of_gate or "forward" in dropout.__dict__)
@@ -179,6 +180,7 @@ def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
         lora_B._parameters.get("weight"),  # type: ignore[arg-type]
         *gate.neuron(),
         gate.surrogate_alpha,
+        gate.straight_through,
         layer.scaling[adapter_name],
         dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
         gate.observers,

@@ -34,7 +34,9 @@ class SpikeVariant(LoraVariant):
             module.lora_gate = nn.ModuleDict()
         pattern = get_pattern_key(config.threshold_pattern.keys(), module.target_name)
         v_threshold = config.threshold_pattern.get(pattern, config.v_threshold)
-        gate = SpikeGate(v_threshold, config.tau, config.surrogate_alpha, config.learn_threshold, config.learn_tau)
+        numbers = v_threshold, config.tau, config.surrogate_alpha
+        straight_through = config.surrogate == "straight_through"
+        gate = SpikeGate(*numbers, config.learn_threshold, config.learn_tau, straight_through)
         # A is where the adapter belongs by now. PEFT's own mover would also cast A and B of a trained LoRA.
         module.lora_gate[adapter_name] = gate.to(module.low_rank(adapter_name)[0].device)
 

@@ -35,6 +35,7 @@ _REFUSED = {
     'or train the base\'s biases with `bias="lora_only"`',
 }
 _INITIALISATIONS = (True, False, "gaussian", "eva")
+SURROGATES = ("atan", "straight_through")
 
 
 @dataclass
@@ -47,7 +48,9 @@ class SpikeLoraConfig(LoraConfig):
         v_threshold: firing threshold of every adapted module, finite, in the units of `a / tau`. Negative values open
             the gate wider, down to plain LoRA.
         tau: membrane time constant, > 1.
-        surrogate_alpha: width parameter of the ATan surrogate gradient, > 0; the larger, the narrower.
+        surrogate: the gradient of the gate by `a`: "atan", the paper's surrogate gradient, or "straight_through", a
+            straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
+        surrogate_alpha: width parameter of the surrogate gradient or of the window, > 0; the larger, the narrower.
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
@@ -67,7 +70,11 @@ class SpikeLoraConfig(LoraConfig):
     )
     # PEFT's own layers refuse a config with a truthy field so marked, which keeps them from building an ungated LoRA.
     tau: float = field(default=2.0, metadata={"help": "Membrane time constant, > 1.", "is_lora_variant": True})
-    surrogate_alpha: float = field(default=2.0, metadata={"help": "Width of the ATan surrogate gradient, > 0."})
+    surrogate: str = field(
+        default="atan",
+        metadata={"help": 'Gradient of the gate by `a`: "atan", the paper\'s, or "straight_through".'},
+    )
+    surrogate_alpha: float = field(default=2.0, metadata={"help": "Width of the surrogate gradient, > 0."})
     learn_threshold: bool = field(default=False, metadata={"help": "Train one threshold per module."})
     learn_tau: bool = field(default=False, metadata={"help": "Train one time constant per module, kept above 1."})
     threshold_pattern: dict[str, float] = field(
@@ -101,6 +108,11 @@ class SpikeLoraConfig(LoraConfig):
         self.tau = _finite("tau", self.tau)
         if self.tau < MIN_TAU:
             raise SpikeLoraError(f"`tau` must be greater than 1 (in float32), got {self.tau}; the paper uses 2.0.")
+        if self.surrogate not in SURROGATES:
+            raise SpikeLoraError(
+                f"`surrogate` must be one of {', '.join(map(repr, SURROGATES))}, got {self.surrogate!r}; the paper has "
+                "the first."
+            )
         self.surrogate_alpha = _finite("surrogate_alpha", self.surrogate_alpha)
         if self.surrogate_alpha <= 0:
             raise SpikeLoraError(f"`surrogate_alpha` must be greater than 0, got {self.surrogate_alpha}; try 2.0.")

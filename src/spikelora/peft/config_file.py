@@ -1,5 +1,6 @@
 """What an adapter's `adapter_config.json` has to hold, so that no adapter runs otherwise than it was trained."""
 
+import warnings
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -10,7 +11,7 @@ from peft import PeftType
 
 from spikelora.errors import SpikeLoraError
 from spikelora.peft.adapter_files import holds_gates
-from spikelora.peft.config import SpikeLoraConfig
+from spikelora.peft.config import SURROGATES, SpikeLoraConfig
 
 # Without one of them, a default would scale the weights in a saved adapter otherwise than in its training.
 _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -62,6 +63,20 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
     missing = sorted(_SCALING - attributes.keys())
     if missing and holds_gates(file.parent):
         raise SpikeLoraError(f"{file} has no {', '.join(missing)}, on which the scaling of its weights rests. {remedy}")
+
+
+def with_known_surrogate(file: Path, attributes: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration; a surrogate that is not known here becomes the default, with a warning."""
+    default, surrogate = SURROGATES[0], attributes.get("surrogate", SURROGATES[0])
+    if attributes.get("peft_type") != PeftType.SPIKELORA or surrogate in SURROGATES:
+        return attributes
+    warnings.warn(
+        f"{file} was trained with the surrogate gradient {surrogate!r}, which this version does not know. The adapter "
+        f"computes the same; training it further would take {default!r}: upgrade `spikelora` for that.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return attributes | {"surrogate": default}
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -18,7 +18,7 @@ from spikelora.method.layers import SpikingLayer
 from spikelora.peft import loading
 from spikelora.peft.adapter_files import say_how_to_load
 from spikelora.peft.config import SpikeLoraConfig
-from spikelora.peft.config_file import check_config_file
+from spikelora.peft.config_file import check_config_file, with_known_surrogate
 from spikelora.peft.tuner import SpikeLoraModel
 
 _NAME = "SPIKELORA"
@@ -80,7 +80,7 @@ def _from_json_file(cls, path_json_file, **kwargs):
             f"{file} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
         ) from error
     check_config_file(file, attributes, _NAME if issubclass(cls, SpikeLoraConfig) else None)
-    return attributes
+    return with_known_surrogate(file, attributes)
 
 
 def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+_SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
 # The search looks at so many neighbours of `tau * v_threshold`, then at so many places between the two that are left.
 _NEAR, _PARTS = 3, 64
 
@@ -39,6 +40,38 @@ def _firing(v_threshold: float, tau: float, dtype: torch.dtype) -> Firing:
     charged = torch.float32 if dtype in _HALF else dtype
     with torch.inference_mode(False), torch.no_grad():
         return Firing(_greatest_silent(v_threshold, tau, dtype), torch.tensor(tau * v_threshold, dtype=charged), tau)
+
+
+def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, straight_through: bool) -> Tensor:
+    """`grad_a` of `torch_backend.up_backward` in six operations, from the distance of `a` to what the neuron fires at.
+
+    `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
+    `w = alpha * tau / (2 * c ** 2)`; the window of a straight-through estimator is `q` over the same denominator.
+    """
+    c, dtype, (silent, threshold, tau) = math.pi / 2 * surrogate_alpha, a.dtype, number
+    charged = threshold.dtype
+    if dtype is not charged:
+        a, g = a.to(charged), g.to(charged)
+    # From here on the surrogate is nothing beside the spikes; the square of an infinite one would give NaN.
+    limit = _SQUARED[charged]
+    finite_a = a.clamp(-limit, limit)
+    difference = torch.sub(finite_a, threshold)
+    # Not by fewer operations that are only in `torch.ops`: the way there takes a CPU 20 us at one token, these 7 each.
+    fires, width = torch.gt(a, silent), scalar((tau / c) ** 2, charged)
+    distance = torch.addcmul(width, difference, difference)
+    if straight_through:
+        grad_a = torch.where(fires, g, torch.div(width, distance).mul_(g))
+    else:
+        grad_a = torch.where(fires, g, scalar(0.0, charged))
+        grad_a.addcdiv_(finite_a.mul_(g), distance, value=surrogate_alpha * tau / (2 * c**2))
+    return grad_a if dtype is charged else grad_a.to(dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor `()`, which an operation takes sooner than a number."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)
 
 
 def _greatest_silent(v_threshold: float, tau: float, dtype: torch.dtype) -> float:

@@ -37,6 +37,7 @@ class Adapter(NamedTuple):
     v_threshold: Tensor
     tau: Tensor
     surrogate_alpha: float
+    straight_through: bool
     scaling: float
     dropout: float
     observers: tuple[Callable[[Tensor], None], ...] = ()
@@ -66,7 +67,7 @@ def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter:
         return y
     y = product(x, weight, bias).contiguous()
     tokens, out = _tokens(x), y.view(-1, y.shape[-1])
-    A, B, v_threshold, tau, _, scaling, dropout, observers = adapter
+    A, B, v_threshold, tau, _, _, scaling, dropout, observers = adapter
     if dropout or observers:
         _add_adapter_(out, tokens, adapter, need_a=False)
     else:
@@ -123,7 +124,7 @@ class _SpikeLinear(torch.autograd.Function):
         if is_differentiated_again():
             composed = _composed_backward(grad_y, need_x, needs, saved, ctx.numbers, weight)
             grad_bias = _tokens(grad_y).sum(0) if need_bias else None
-            return composed[0], None, grad_bias, *composed[1:], None, None, None, None
+            return composed[0], None, grad_bias, *composed[1:], *(None,) * 5
         with _without_autocast(grad_y):
             tokens = _tokens(grad_y)
             grad_x = product_backward(tokens, weight) if need_x else None
@@ -131,7 +132,7 @@ class _SpikeLinear(torch.autograd.Function):
             grad_bias = tokens.sum(0) if need_bias else None
         if grad_x is not None and tokens is not grad_y:
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
-        return grad_x, None, grad_bias, *grads, None, None, None, None
+        return grad_x, None, grad_bias, *grads, *(None,) * 5
 
 
 class _SpikeBranch(torch.autograd.Function):
@@ -152,7 +153,7 @@ class _SpikeBranch(torch.autograd.Function):
         _, _, need_x, *needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
         if is_differentiated_again():
-            return grad_y, None, *_composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 4
+            return grad_y, None, *_composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 5
         with _without_autocast(grad_y):
             tokens, grad_x = _tokens(grad_y), None
             if need_x:
@@ -160,7 +161,7 @@ class _SpikeBranch(torch.autograd.Function):
             grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
         if grad_x is not None and tokens is not grad_y:
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[1])
-        return grad_y, None, grad_x, *grads, None, None, None, None
+        return grad_y, None, grad_x, *grads, *(None,) * 5
 
 
 def _composed_backward(
@@ -173,7 +174,7 @@ def _composed_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the input, A, B, v_threshold and tau by torch's own rules, for a second backward."""
     x, _, mask, A, B, v_threshold, tau = saved
-    surrogate_alpha, scaling, dropout, _ = numbers
+    surrogate_alpha, straight_through, scaling, dropout, _ = numbers
     if x is None:
         raise SpikeLoraError(
             "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen: "
@@ -182,7 +183,7 @@ def _composed_backward(
 
     def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
         dropped = x if mask is None else x * mask.view(x.shape) * _kept(dropout)
-        gated = composed_gate(F.linear(dropped.to(A.dtype), A), v_threshold, tau, surrogate_alpha)
+        gated = composed_gate(F.linear(dropped.to(A.dtype), A), v_threshold, tau, surrogate_alpha, straight_through)
         y = (F.linear(gated, B) * scaling).to(grad_y.dtype)
         return y if weight is None else y + F.linear(x, weight.to(x.dtype))
 
@@ -218,7 +219,7 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
 
 def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
     """Add the adapter's part into `y (N, out)`; returns `a (N, r)` if needed, and dropout's mask `(N, in)` if any."""
-    A, B, v_threshold, tau, _, scaling, dropout, observers = adapter
+    A, B, v_threshold, tau, _, _, scaling, dropout, observers = adapter
     mask, scale = None, 1.0
     if dropout:
         dropped, mask = torch.native_dropout(x, dropout, True)
@@ -238,13 +239,13 @@ def _adapter_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where given."""
     x, a, mask, A, B, v_threshold, tau = saved
-    surrogate_alpha, scaling, dropout, _ = numbers
+    surrogate_alpha, straight_through, scaling, dropout, _ = numbers
     tokens, part, scale = _tokens(x) if needs[0] else None, grad_x, 1.0
     if mask is not None:
         tokens = None if tokens is None else tokens * mask
         part, scale = None if grad_x is None else torch.zeros_like(grad_x), _kept(dropout)
     grads: tuple[Tensor | None, ...] = _backend(grad_y, A).adapter_backward(
-        grad_y, part, tokens, a, A, B, v_threshold, tau, surrogate_alpha, scale, scaling, needs
+        grad_y, part, tokens, a, A, B, v_threshold, tau, surrogate_alpha, straight_through, scale, scaling, needs
     )
     if grad_x is not None and part is not None and mask is not None:
         grad_x.addcmul_(part, mask)

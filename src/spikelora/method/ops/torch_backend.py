@@ -5,7 +5,6 @@ the adapter, which is float32 beside a half-precision base. Where the two differ
 block at a time: as exact as PEFT's float32 copy of the whole, without the copy.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikelora.method.ops.firing import Firing, firing
+from spikelora.method.ops.firing import firing, gate_backward, scalar
 
 # One block of rows has as many elements: 1 MB in float32, which stays in the caches. On two CPU cores blocks of 64 to
 # 256 rows of 1024 took the same time as a copy of the whole, blocks of 16 rows 2.5 times as long.
@@ -38,7 +37,6 @@ _FINITE = {
     dtype: (torch.finfo(dtype).min, torch.finfo(dtype).max)
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-_SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
 
 
 def add_adapter_(
@@ -79,6 +77,7 @@ def adapter_backward(
     v_threshold: Tensor,
     tau: Tensor,
     surrogate_alpha: float,
+    straight_through: bool,
     scale: float,
     scaling: float,
     needs: Sequence[bool],
@@ -90,7 +89,7 @@ def adapter_backward(
         grad_A (r, in)   = scale * grad_a.T @ x
         grad_x (N, in)  += scale * grad_a @ A
     """
-    grad_a, *grads = up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, scaling, *needs[1:])
+    grad_a, *grads = up_backward(grad_y, a, B, v_threshold, tau, surrogate_alpha, straight_through, scaling, *needs[1:])
     grad_A = _sum_over_tokens(x, grad_a, scale, transposed=True) if needs[0] and x is not None else None
     if grad_x is not None:
         _add_product_(grad_x, grad_a, A, scale)
@@ -122,6 +121,7 @@ def up_backward(
     v_threshold: Tensor,
     tau: Tensor,
     surrogate_alpha: float,
+    straight_through: bool,
     scaling: float,
     need_B: bool,
     need_v_threshold: bool,
@@ -129,9 +129,9 @@ def up_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `y = scaling * gated @ B.T` with respect to `a (N, r)`, `B (out, r)`, `v_threshold` and `tau`.
 
-    With `g = scaling * grad_y @ B`, `u = a / tau - v_threshold` and the surrogate's `s'(u)`:
+    With `g = scaling * grad_y @ B`, `u = a / tau - v_threshold`, the surrogate's `s'(u)` and the window's `w(u)`:
 
-        grad_a           = g * (spikes + a * s'(u) / tau)
+        grad_a           = g * (spikes + a * s'(u) / tau), straight through g * (spikes + (1 - spikes) * w(u))
         grad_B           = scaling * grad_y.T @ gated
         grad_v_threshold = -sum(g * a * s'(u))
         grad_tau         = -sum(g * a * s'(u) * a / tau ** 2)
@@ -141,51 +141,24 @@ def up_backward(
     if number is not None:
         gated = torch.threshold(a, number.silent, 0.0)
         grad_B = _sum_over_tokens(grad_y, gated, scaling) if need_B else None
-        return _gate_backward(g, a, number, surrogate_alpha), grad_B, None, None
+        return gate_backward(g, a, number, surrogate_alpha, straight_through), grad_B, None, None
     v = _charge(a, tau)
     spikes = v >= v_threshold
     grad_B = _sum_over_tokens(grad_y, _select(a, spikes), scaling) if need_B else None
     # a * s'(u), which goes to 0 as a goes to infinity: 0 for the largest finite a, whose u ** 2 overflows.
     c = math.pi / 2 * surrogate_alpha
     finite_a = a.to(v.dtype).clamp(*_FINITE[v.dtype])
-    slope = finite_a / (v - v_threshold).square_().mul_(c**2).add_(1)
-    slope.mul_(surrogate_alpha / 2)
+    distance = (v - v_threshold).square_().mul_(c**2).add_(1)
+    slope = (finite_a / distance).mul_(surrogate_alpha / 2)
     g = g.to(v.dtype)
-    grad_a = slope.div(tau).add_(spikes).mul_(g).to(a.dtype)
+    share = torch.where(spikes, 1, distance.reciprocal()) if straight_through else slope.div(tau).add_(spikes)
+    grad_a = share.mul_(g).to(a.dtype)
     grad_v_threshold = grad_tau = None
     if need_v_threshold or need_tau:
         grad_v = slope.mul_(g)
         grad_v_threshold = -grad_v.sum().view(1) if need_v_threshold else None
         grad_tau = -(grad_v * finite_a / tau**2).sum().view(1) if need_tau else None
     return grad_a, grad_B, grad_v_threshold, grad_tau
-
-
-def _gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float) -> Tensor:
-    """`grad_a` of `up_backward` in six operations, from the distance of `a` to what the neuron fires at.
-
-    `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
-    `w = alpha * tau / (2 * c ** 2)`.
-    """
-    c, dtype, (silent, threshold, tau) = math.pi / 2 * surrogate_alpha, a.dtype, number
-    charged = threshold.dtype
-    if dtype is not charged:
-        a, g = a.to(charged), g.to(charged)
-    # From here on the surrogate is nothing beside the spikes; the square of an infinite one would give NaN.
-    limit = _SQUARED[charged]
-    finite_a = a.clamp(-limit, limit)
-    difference = torch.sub(finite_a, threshold)
-    # Not by fewer operations that are only in `torch.ops`: the way there takes a CPU 20 us at one token, these 7 each.
-    grad_a = torch.where(torch.gt(a, silent), g, _number(0.0, charged))
-    distance = torch.addcmul(_number((tau / c) ** 2, charged), difference, difference)
-    grad_a.addcdiv_(finite_a.mul_(g), distance, value=surrogate_alpha * tau / (2 * c**2))
-    return grad_a if dtype is charged else grad_a.to(dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _number(value: float, dtype: torch.dtype) -> Tensor:
-    """A tensor `()`, which an operation takes sooner than a number."""
-    with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
 
 
 def _charge(a: Tensor, tau: Tensor) -> Tensor:
@@ -229,7 +202,7 @@ def _product(c: Tensor, W: Tensor, scale: float) -> Tensor:
     """`scale * c @ W` as one operation."""
     if scale == 1:
         return torch.mm(c, W)
-    nothing = _number(0.0, c.dtype) if c.is_cpu and not torch.compiler.is_compiling() else c.new_empty(())
+    nothing = scalar(0.0, c.dtype) if c.is_cpu and not torch.compiler.is_compiling() else c.new_empty(())
     return torch.addmm(nothing, c, W, beta=0, alpha=scale)
 
 

@@ -45,7 +45,7 @@ def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, 
             v_threshold = tau = torch.ones(1, device=device)
             a = add_adapter_(y, x, A, B, v_threshold, tau, 1.0, 1.0, True)
             assert a is not None
-            adapter_backward(y, x, x, a, A, B, v_threshold, tau, 1.0, 1.0, 1.0, (True,) * 4)
+            adapter_backward(y, x, x, a, A, B, v_threshold, tau, 1.0, False, 1.0, 1.0, (True,) * 4)
     except Exception as error:  # of Triton, its compiler or the driver, which have no common class
         warnings.warn(
             f"Triton's kernels do not run on {device} for {dtype} at rank {rank}, so that adapters take plain torch, "
@@ -95,7 +95,7 @@ def _gate(a, v_threshold, tau):
 
 
 @triton.jit
-def _gate_backward(grad, a, v_threshold, tau, surrogate_alpha):
+def _gate_backward(grad, a, v_threshold, tau, surrogate_alpha, STRAIGHT: tl.constexpr):
     """Gradients of `a` and `v` from the one of `gated`, and the finite part of `a`."""
     HALF_PI: tl.constexpr = 1.5707963267948966
     v = _charge(a, tau)
@@ -103,7 +103,10 @@ def _gate_backward(grad, a, v_threshold, tau, surrogate_alpha):
     # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.
     finite_a = tl.where(tl.abs(a) == float("inf"), 0.0, a)
     grad_v = grad * finite_a * (0.5 * surrogate_alpha / (1 + slope * slope))
-    grad_a = grad * (v >= v_threshold).to(tl.float32) + grad_v / tau
+    if STRAIGHT:
+        grad_a = grad * tl.where(v >= v_threshold, 1.0, 1 / (1 + slope * slope))
+    else:
+        grad_a = grad * (v >= v_threshold).to(tl.float32) + grad_v / tau
     return grad_a, grad_v, finite_a
 
 
@@ -132,7 +135,7 @@ def _contract_features(
 def _expand_add(
     y, partials, out, a, W, v_threshold, tau, sums, y_n, y_m, w_r, w_m, n_features, rank, n_tokens, splits,
     scale, scaling, surrogate_alpha,
-    BACKWARD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BACKWARD: tl.constexpr, STRAIGHT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y (N, M) += scaling * c (N, r) @ W (r, M)`, with `c` made of `total = scale * sum_s partials[s] (N, r)`.
@@ -155,7 +158,7 @@ def _expand_add(
         c = scale * c
         if BACKWARD:
             a_tile = _load(a, tokens, ranks, n_tokens, rank, rank, 1)
-            c, grad_v, finite_a = _gate_backward(c, a_tile, threshold_value, tau_value, surrogate_alpha)
+            c, grad_v, finite_a = _gate_backward(c, a_tile, threshold_value, tau_value, surrogate_alpha, STRAIGHT)
             if sums is not None:  # noqa: SIM102 - known when compiled, the condition within is not
                 if tl.program_id(1) == 0:
                     place = sums + tl.program_id(0) * rank_blocks + block
@@ -237,20 +240,20 @@ def add_adapter_(
     with _on_device_of(y):
         a = A.new_empty((x.shape[0], A.shape[0])) if need_a else None
         partials = _partial_sums(x, A, A.shape[0], A.stride())
-        _expand_add_(y, partials, a, None, B, B.stride()[::-1], v_threshold, tau, None, scale, scaling, 0.0)
+        _expand_add_(y, partials, a, None, B, B.stride()[::-1], v_threshold, tau, None, scale, scaling, 0.0, False)
     return a
 
 
 def adapter_backward(
     grad_y: Tensor, grad_x: Tensor | None, x: Tensor | None, a: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor,
-    tau: Tensor, surrogate_alpha: float, scale: float, scaling: float, needs: Sequence[bool],
+    tau: Tensor, surrogate_alpha: float, straight_through: bool, scale: float, scaling: float, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of `add_adapter_` by A, B, v_threshold and tau, those of them that `needs` says, the rest None.
 
     Adds that by x into `grad_x (N, in)` where it is given. With the ATan surrogate `s'(u)` at
     `u = a / tau - v_threshold`, `g = scaling * grad_y (N, out) @ B` and `grad_v = g * a * s'(u)`:
 
-        grad_a (N, r)          = g * spikes + grad_v / tau
+        grad_a (N, r)          = g * spikes + grad_v / tau, straight through g * (spikes + (1 - spikes) * w(u))
         grad_x (N, in)        += scale * grad_a @ A
         grad_A (r, in)         = scale * grad_a.T @ x
         grad_B (out, r)        = scaling * grad_y.T @ gated
@@ -268,7 +271,10 @@ def adapter_backward(
             grad_a = a.new_empty(a.shape)
             partials = _partial_sums(grad_y, B, B.shape[1], B.stride()[::-1])
             y = grad_a[:, :0] if grad_x is None else grad_x  # where nobody needs the product, one without columns
-            _expand_add_(y, partials, grad_a, a, A, A.stride(), v_threshold, tau, sums, scaling, scale, surrogate_alpha)
+            neuron = v_threshold, tau, sums
+            _expand_add_(
+                y, partials, grad_a, a, A, A.stride(), *neuron, scaling, scale, surrogate_alpha, straight_through
+            )
         if need_A or need_B:
             x = x if need_A else None
             grad_A, grad_B = _token_sums(x, grad_a, grad_y, a, need_B, v_threshold, tau, scale, scaling)
@@ -293,10 +299,11 @@ def _partial_sums(x: Tensor, W: Tensor, rank: int, w_strides: tuple[int, ...]) -
 def _expand_add_(
     y: Tensor, partials: Tensor, out: Tensor | None, a: Tensor | None, W: Tensor, w_strides: tuple[int, ...],
     v_threshold: Tensor, tau: Tensor, sums: Tensor | None, scale: float, scaling: float, surrogate_alpha: float,
+    straight_through: bool,
 ) -> None:  # fmt: skip
     """`y (N, M) += scaling * c @ W (r, M)` in place, `c` as `_expand_add` makes it: backward where `a` is given."""
     (n_tokens, n_features), (splits, _, rank) = y.shape, partials.shape
-    grid, constants = _tokens_by_features(n_tokens, n_features, rank, a is not None, W.dtype)
+    grid, constants = _tokens_by_features(n_tokens, n_features, rank, a is not None, straight_through, W.dtype)
     _start(
         _expand_add, grid, (y, partials, out, a, W, v_threshold, tau, sums),
         (*y.stride(), *w_strides, n_features, rank),
@@ -388,11 +395,11 @@ def _features_by_spans(
 
 @functools.lru_cache(maxsize=4096)
 def _tokens_by_features(
-    n_tokens: int, n_features: int, rank: int, backward: bool, dtype: torch.dtype
+    n_tokens: int, n_features: int, rank: int, backward: bool, straight_through: bool, dtype: torch.dtype
 ) -> tuple[tuple[int, int], tuple]:
     block_n, block_r = _blocks(n_tokens, rank)
     grid = _cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))  # without features, `out` is made still
-    return grid, (backward, block_n, WIDE_BLOCK, block_r, _precision(dtype, dtype))
+    return grid, (backward, straight_through, block_n, WIDE_BLOCK, block_r, _precision(dtype, dtype))
 
 
 @functools.lru_cache(maxsize=4096)
