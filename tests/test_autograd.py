@@ -15,7 +15,7 @@ from spikelora.method.neuron import atan_surrogate, spike_gate, straight_through
 from spikelora.method.paths import Path, force_path
 
 # What torch makes the derivatives of forward mode of.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated")
 
 X = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(3, 33).view(3, 10)
