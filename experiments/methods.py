@@ -103,7 +103,7 @@ class TwoSidedGate(SpikeGate):
     def forward(self, a: Tensor) -> Tensor:
         for observe in self.observers:
             observe(a.abs())
-        return a.sign() * spike_gate(a.abs(), *self.neuron(), self.surrogate_alpha)
+        return a.sign() * spike_gate(a.abs(), *self.neuron(), self.surrogate_alpha, self.straight_through)
 
     def spikes(self, a: Tensor) -> Tensor:
         return super().spikes(a.abs())

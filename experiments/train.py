@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_scheduler, set_seed
 
 import spikelora
-from accelerate import Accelerator, PartialState
 from spikelora import SparsityControlCallback, SparsityMeter, SparsityReport
 
 from . import models

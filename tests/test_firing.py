@@ -8,7 +8,7 @@ import torch
 
 from spikelora.method.neuron import spike_gate
 from spikelora.method.ops import torch_backend
-from spikelora.method.ops.firing import firing
+from spikelora.method.ops.firing import _firing, firing, scalar
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 3e38, -3e38, 1e-45, -1e-45, 1e-38, 65504.0, 70000.0, -70000.0]
@@ -92,3 +92,38 @@ def test_the_gradient_is_the_oracle_s(dtype, threshold, straight_through):
     torch.testing.assert_close(
         grad_B.double(), 0.75 * grad_y[2:].double().T @ finite, rtol=5 * tolerance, atol=5 * tolerance
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_is_no_matter(dtype):
+    """Models are made under another default; what is found then is used for the rest of the process."""
+    a, v_threshold, tau = torch.zeros(1), torch.tensor([0.1]), torch.tensor([2.0])
+    expected = firing(a, v_threshold, tau).silent
+    found = []
+    for use in (lambda: torch.set_default_dtype(dtype), lambda: torch.set_default_device("meta")):
+        _firing.cache_clear()
+        scalar.cache_clear()
+        try:
+            use()
+            found.append(firing(a, v_threshold, tau))
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    assert [number.silent for number in found] == [expected] * 2
+    assert {number.threshold.device.type for number in found} == {"cpu"}
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize(
+    ("threshold", "alpha"), [(-math.inf, 2.0), (1e20, 2.0), (-1e25, 2.0), (0.1, 1e-21), (0.1, 1e12)]
+)
+def test_gradients_at_extreme_numbers(threshold, alpha, straight_through):
+    v_threshold, tau = torch.tensor([threshold]), torch.tensor([2.0])
+    a, B = torch.tensor([[0.3, -1.5, 2e20, -2e20]]), torch.eye(4)
+    leaf = a.double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        spike_gate(leaf, v_threshold, tau, alpha, straight_through), leaf, torch.ones(1, 4, dtype=F64)
+    )
+    arguments = B, v_threshold, tau, alpha, straight_through, 1.0, False, False, False
+    grad_a = torch_backend.up_backward(torch.ones(1, 4), a, *arguments)[0]
+    torch.testing.assert_close(grad_a.double(), expected.nan_to_num(0.0), rtol=1e-4, atol=1e-4)

@@ -47,6 +47,20 @@ class MyTensor(torch.Tensor):
     """A subclass of tensors."""
 
 
+class SubGate(SpikeGate):
+    """A subclass that does something else."""
+
+    def forward(self, a):
+        return super().forward(a) * 2
+
+
+class SubIdentity(nn.Identity):
+    """A subclass that does something else."""
+
+    def forward(self, x):
+        return -x
+
+
 def one_layer(base=None, **options):
     torch.manual_seed(0)
     base = nn.Linear(6, 5) if base is None else base
@@ -243,6 +257,11 @@ REPLACED = {name: act for name, (act, *_) in CHANGES.items() if name != "nothing
     "tau": set_a_number("tau"),
     "surrogate": lambda layer: setattr(part_of(layer, "lora_gate"), "surrogate_alpha", 9.0),
     "gradient": lambda layer: setattr(part_of(layer, "lora_gate"), "straight_through", True),
+    "gate of another class": lambda layer: setattr(part_of(layer, "lora_gate"), "__class__", SubGate),
+    "dropout of another class": lambda layer: setattr(part_of(layer, "lora_dropout"), "__class__", SubIdentity),
+    "lora_A swapped in place": lambda layer: torch.utils.swap_tensors(
+        part_of(layer, "lora_A").weight, nn.Parameter(torch.ones(4, 6).as_subclass(MyTensor))
+    ),
     "scale": lambda layer: layer.set_scale("default", 3.0),
     "another adapter": add_an_adapter,
     "several adapters": lambda layer: (add_an_adapter(layer), layer.set_adapter(["default", "other"])),
@@ -312,15 +331,21 @@ class TestKept:
         layer.cast_input_dtype_enabled = False
         assert kept(layer, x) is None
 
-    def test_the_base_s_weight_is_not_held(self):
+    @pytest.mark.parametrize("change", ["weight", "layer", "base"])
+    def test_nothing_is_held_that_was_replaced(self, change):
         layer, x = one_layer(), batch(2, 3, 6)
         layer(x)
         assert kept(layer, x)
-        weight = weakref.ref(layer.base_layer.weight)
-        layer.base_layer.weight = nn.Parameter(
-            torch.ones(5, 6), requires_grad=False
-        )  # as what shards or offloads it does
-        assert weight() is None
+        held = weakref.ref(layer.base_layer.weight if change != "layer" else layer.low_rank("default")[0])
+        if change == "weight":  # as what shards or offloads it does
+            layer.base_layer.weight = nn.Parameter(torch.ones(5, 6), requires_grad=False)
+        elif change == "base":
+            layer.base_layer = Quiet(6, 5).requires_grad_(False)
+            layer(x)
+        else:
+            layer.lora_A["default"] = Quiet(6, 4, bias=False)
+            layer(x)
+        assert held() is None
 
     def test_is_of_one_layer(self):
         layer, x = one_layer(), batch(2, 3, 6)

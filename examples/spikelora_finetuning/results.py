@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
@@ -16,7 +17,6 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from accelerate import PartialState
 from options import Options
 from spikelora import SparsityMeter, SpikeLoraConfig
 

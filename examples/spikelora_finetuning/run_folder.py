@@ -40,8 +40,7 @@ def prepare_folder(folder: Path, options: Options, now: SpikeLoraConfig) -> Path
         print(f"{folder} has no checkpoint yet: starting from the beginning")
         return None
     begun = SpikeLoraConfig.from_pretrained(found)
-    neuron = ("v_threshold", "tau", "surrogate", "target_sparsity", "learn_threshold", "learn_tau")
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", *neuron):
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", *SpikeLoraConfig.__annotations__):
         if getattr(begun, name) != getattr(now, name):
             sys.exit(
                 f"{found} was trained with {name} {getattr(begun, name)}, not {getattr(now, name)}: go on with the "

@@ -21,6 +21,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import yaml
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +32,6 @@ from transformers import (
     set_seed,
 )
 
-from accelerate import PartialState
 from options import Options, parse_options, targets
 from results import measure, peak_memory, plot_sparsity, show, warn_of_silence
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder

@@ -7,7 +7,8 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spikelora.peft import versions as versions  # isort: skip  # the first, as it looks at what the others import
+# The first, as it looks at the versions of what the others import.
+from spikelora.peft import versions as _versions  # noqa: F401  # isort: skip
 from spikelora.errors import SpikeLoraError
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.registration import register

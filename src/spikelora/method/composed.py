@@ -28,7 +28,7 @@ def composed_gate(
     """`gated = a * spikes` by operations of torch alone, as `neuron.spike_gate` has it; they keep more for a backward.
 
     `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives.
-    A straight-through estimator adds the integral of its window by `a`, and takes the other by the numbers alone.
+    A straight-through estimator adds the integral of its window for `a`, and leaves the surrogate's to the numbers.
     """
     half, c = a.dtype in (torch.float16, torch.bfloat16), math.pi / 2 * surrogate_alpha
     is_finite = a.isfinite()

@@ -297,3 +297,4 @@ def make_plain(layer: Any, adapter_name: str) -> None:
     layer.__class__ = next(base for base in type(layer).__mro__ if base.__module__ in _SPIKING)
     layer.lora_variant.pop(adapter_name, None)
     del layer.target_name, layer.lora_gate
+    layer.__dict__.pop("_kept", None)

@@ -52,18 +52,19 @@ def spike_gate(
         d gated / d tau         = -a * s'(u) * a / tau ** 2
 
     With `straight_through` the first of them is another, a straight-through estimator (Bengio et al., arXiv 1308.3432)
-    in a window below the threshold; the paper's tells an activation with a < 0 to move away from where it is wanted:
+    in a window below the threshold. Where a < 0 the second term above has the wrong sign: it moves `a` down where more
+    of it is wanted.
 
         d gated / d a           = spikes + (1 - spikes) * w(u)
 
-    Higher derivatives are those of `a * spike(u)` with `s'` for the derivative of `spike` each time it is taken, and
-    with `straight_through` those of the lines above, each by its own variable.
+    Higher derivatives are those of `a * spike(u)` with `s'` for the derivative of `spike` each time it is taken. With
+    `straight_through` each line is differentiated by its own variable alone.
 
     Args:
         a: low-rank activation `(..., r)`, dimensionless.
         v_threshold: firing threshold in the units of `v`.
         tau: membrane time constant in steps, > 1.
-        surrogate_alpha: width parameter of the surrogate and of the window, > 0; the larger, the narrower.
+        surrogate_alpha: sharpness of the surrogate and of the window, > 0; the larger, the narrower.
         straight_through: whether `a` gets the gradient of the straight-through estimator.
 
     Returns:

@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a choice of `Path.FUSED` was made for; the base's weight is not held, as somebody may want its memory."""
+    """What a choice of `Path.FUSED` was made for."""
 
     adapter: Adapter
     active: list[str]
@@ -98,14 +98,23 @@ def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
 def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
     """Weight and bias of the base and the adapter, where `choose` would choose `Path.FUSED` as it did last time.
 
-    It looks at all that `choose` looks at, but mostly whether it is the same. At one token of width 1024 that takes
-    12 us where choosing takes 40, as the weights have pushed Python's own objects out of the processor's caches; the
-    frozen layer alone takes 150 (2 cores of a Xeon with AMX, float32).
+    It asks whether what `choose` looks at is the same, and forgets the choice where it is not. Of hooks it sees that
+    some were registered; not those that were written into a module's dicts without torch's functions. At one token of
+    width 1024 it takes 12 us where choosing takes 40, as the weights have pushed Python's own objects out of the
+    processor's caches; the frozen layer alone takes 150 (2 cores of a Xeon with AMX, float32).
     """
     own = layer.__dict__
     choice: Kept | None = own.get("_kept")
     if choice is None or torch.compiler.is_compiling():
         return None
+    weight, bias = choice.parts[0]._parameters.get("weight"), choice.parts[0]._parameters.get("bias")
+    if _holds(choice, own, weight, bias, x):
+        return weight, bias, choice.adapter
+    del own["_kept"]  # others may want the memory of what it holds
+    return None
+
+
+def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor) -> bool:
     adapter, active, parts, dtypes, device, n_hooks = choice
     A, B, v_threshold, tau, alpha, straight_through, scaling, _, _ = adapter
     base, lora_A, lora_B, dropout, gate = parts
@@ -122,18 +131,18 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
         and modules["lora_dropout"]._modules.get(name) is dropout
         and modules["lora_gate"]._modules.get(name) is gate
         and type(base) is type(lora_A) is type(lora_B) is nn.Linear
+        and type(dropout) is nn.Identity
+        and type(gate) is SpikeGate
         and not torch.is_autocast_enabled(device)
         and not is_transformed()
         and _forced is None
     ):
-        return None
-    of_base, of_A, of_B, of_gate = base.__dict__, lora_A.__dict__, lora_B.__dict__, gate.__dict__
-    weights, downs, ups, numbers = of_base["_parameters"], of_A["_parameters"], of_B["_parameters"], of_gate["_buffers"]
-    weight, bias = weights.get("weight"), weights.get("bias")
-    is_same = (
-        type(weight) is nn.Parameter
+        return False
+    downs, ups, numbers, of_gate = lora_A._parameters, lora_B._parameters, gate._buffers, gate.__dict__
+    return (
+        type(weight) is type(A) is type(B) is nn.Parameter
         and (bias is None or type(bias) is nn.Parameter)
-        and type(x) is Tensor
+        and type(v_threshold) is type(tau) is type(x) is Tensor
         and (x.dtype, weight.dtype, A.dtype, B.dtype, v_threshold.dtype, tau.dtype) == dtypes
         and not weight.requires_grad
         and downs.get("weight") is A
@@ -145,10 +154,9 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
         and of_gate["surrogate_alpha"] is alpha
         and of_gate["straight_through"] is straight_through
         and not of_gate["observers"]
-        and not ("forward" in of_base or "forward" in of_A or "forward" in of_B)
+        and not ("forward" in base.__dict__ or "forward" in lora_A.__dict__ or "forward" in lora_B.__dict__)
         and not ("forward" in of_gate or "forward" in dropout.__dict__)
     )
-    return (weight, bias, adapter) if is_same else None
 
 
 def returns_private(base: Any) -> bool:

@@ -50,7 +50,7 @@ class SpikeLoraConfig(LoraConfig):
         tau: membrane time constant, > 1.
         surrogate: the gradient of the gate by `a`: "atan", the paper's surrogate gradient, or "straight_through", a
             straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
-        surrogate_alpha: width parameter of the surrogate gradient or of the window, > 0; the larger, the narrower.
+        surrogate_alpha: sharpness of that gradient, > 0; the larger, the narrower.
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
@@ -74,7 +74,7 @@ class SpikeLoraConfig(LoraConfig):
         default="atan",
         metadata={"help": 'Gradient of the gate by `a`: "atan", the paper\'s, or "straight_through".'},
     )
-    surrogate_alpha: float = field(default=2.0, metadata={"help": "Width of the surrogate gradient, > 0."})
+    surrogate_alpha: float = field(default=2.0, metadata={"help": "Sharpness of the surrogate gradient, > 0."})
     learn_threshold: bool = field(default=False, metadata={"help": "Train one threshold per module."})
     learn_tau: bool = field(default=False, metadata={"help": "Train one time constant per module, kept above 1."})
     threshold_pattern: dict[str, float] = field(

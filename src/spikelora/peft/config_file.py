@@ -71,8 +71,8 @@ def with_known_surrogate(file: Path, attributes: dict[str, Any]) -> dict[str, An
     if attributes.get("peft_type") != PeftType.SPIKELORA or surrogate in SURROGATES:
         return attributes
     warnings.warn(
-        f"{file} was trained with the surrogate gradient {surrogate!r}, which this version does not know. The adapter "
-        f"computes the same; training it further would take {default!r}: upgrade `spikelora` for that.",
+        f"{file} was trained with the surrogate gradient {surrogate!r}, which this version does not know. Its "
+        f"forward does not depend on it; training it further would take {default!r}: upgrade `spikelora` for that.",
         RuntimeWarning,
         stacklevel=2,
     )

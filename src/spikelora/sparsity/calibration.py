@@ -44,7 +44,7 @@ def calibrate_thresholds(
     """Set the threshold of each module so that a target share of its activations is silent on calibration data.
 
     `v_threshold` becomes the `target_sparsity` quantile of the module's own `v = a / tau`, over all ranks and all
-    tokens that are no padding, without storing the activations, see `quantiles.QuantileSketch`. Where B is not 0, the
+    tokens that are no padding, without storing the activations, see `quantiles.py`. Where B is not 0, the
     new gates change what the modules behind them see. So it goes in rounds, until each module is within 0.03 of the
     target or eight rounds are over; a last pass measures.
 

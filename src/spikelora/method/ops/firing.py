@@ -39,11 +39,11 @@ def firing(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Firing | None:
 def _firing(v_threshold: float, tau: float, dtype: torch.dtype) -> Firing:
     charged = torch.float32 if dtype in _HALF else dtype
     with torch.inference_mode(False), torch.no_grad():
-        return Firing(_greatest_silent(v_threshold, tau, dtype), torch.tensor(tau * v_threshold, dtype=charged), tau)
+        return Firing(_greatest_silent(v_threshold, tau, dtype), scalar(tau * v_threshold, charged), tau)
 
 
 def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, straight_through: bool) -> Tensor:
-    """`grad_a` of `torch_backend.up_backward` in six operations, from the distance of `a` to what the neuron fires at.
+    """`grad_a` of `torch_backend.up_backward` from the distance of `a` to what the neuron fires at.
 
     `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
     `w = alpha * tau / (2 * c ** 2)`; the window of a straight-through estimator is `q` over the same denominator.
@@ -56,7 +56,7 @@ def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, 
     limit = _SQUARED[charged]
     finite_a = a.clamp(-limit, limit)
     difference = torch.sub(finite_a, threshold)
-    # Not by fewer operations that are only in `torch.ops`: the way there takes a CPU 20 us at one token, these 7 each.
+    # A call by `torch.ops` takes a CPU 20 us at one token, each of these 7: so none of them is one.
     fires, width = torch.gt(a, silent), scalar((tau / c) ** 2, charged)
     distance = torch.addcmul(width, difference, difference)
     if straight_through:
@@ -71,7 +71,7 @@ def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, 
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
     """A tensor `()`, which an operation takes sooner than a number."""
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def _greatest_silent(v_threshold: float, tau: float, dtype: torch.dtype) -> float:
@@ -81,17 +81,17 @@ def _greatest_silent(v_threshold: float, tau: float, dtype: torch.dtype) -> floa
     everything fires the answer is NaN, as nothing is as small.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    mask, tau_, threshold = torch.iinfo(bits).max, torch.tensor(tau), torch.tensor(v_threshold)
+    mask, (tau_, threshold) = torch.iinfo(bits).max, (scalar(value, torch.float32) for value in (tau, v_threshold))
 
     # Floating-point numbers by their places in the order of all; that of 0 is 0.
     def number(place: Tensor) -> Tensor:
         return torch.where(place < 0, place ^ mask, place).view(dtype)
 
     def fires(places: list[int]) -> list[bool]:
-        a = number(torch.tensor(places, dtype=bits))
+        a = number(torch.tensor(places, dtype=bits, device="cpu"))
         return ((a.float() if dtype in _HALF else a) / tau_ >= threshold).tolist()
 
-    of_bits = torch.tensor([-math.inf, tau * v_threshold, math.inf], dtype=dtype).view(bits)
+    of_bits = torch.tensor([-math.inf, tau * v_threshold, math.inf], dtype=dtype, device="cpu").view(bits)
     lowest, about, highest = torch.where(of_bits < 0, of_bits ^ mask, of_bits).tolist()
     silent, firing, places = lowest - 1, highest + 1, [lowest, *range(about - _NEAR, about + _NEAR + 1), highest]
     while firing - silent > 1:
@@ -101,4 +101,4 @@ def _greatest_silent(v_threshold: float, tau: float, dtype: torch.dtype) -> floa
         firing = min((place for place, f in zip(places, fired, strict=True) if f), default=firing)
         step = max(1, (firing - silent) // _PARTS)
         places = list(range(silent + step, firing, step))
-    return math.nan if silent < lowest else number(torch.tensor(silent, dtype=bits)).item()
+    return math.nan if silent < lowest else number(torch.tensor(silent, dtype=bits, device="cpu")).item()

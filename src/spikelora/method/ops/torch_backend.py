@@ -32,6 +32,8 @@ _MAX_COPIED_RANK = 8
 _MAX_SHARED_RANK = 32
 _MIN_TOKENS = 128  # of one product, or of one thread
 
+_LARGE = 1e6  # numbers of a neuron from which on the squares of a closed form lose too much
+
 # The least and the greatest number that is finite.
 _FINITE = {
     dtype: (torch.finfo(dtype).min, torch.finfo(dtype).max)
@@ -138,6 +140,8 @@ def up_backward(
     """
     g = _contract(grad_y, B, scaling)
     number = None if need_v_threshold or need_tau else firing(a, v_threshold, tau)
+    if number is not None and not (abs(number.silent) < _LARGE and 1 / _LARGE < surrogate_alpha < _LARGE):
+        number = None
     if number is not None:
         gated = torch.threshold(a, number.silent, 0.0)
         grad_B = _sum_over_tokens(grad_y, gated, scaling) if need_B else None
@@ -148,7 +152,7 @@ def up_backward(
     # a * s'(u), which goes to 0 as a goes to infinity: 0 for the largest finite a, whose u ** 2 overflows.
     c = math.pi / 2 * surrogate_alpha
     finite_a = a.to(v.dtype).clamp(*_FINITE[v.dtype])
-    distance = (v - v_threshold).square_().mul_(c**2).add_(1)
+    distance = (v - v_threshold).mul_(c).square_().add_(1)
     slope = (finite_a / distance).mul_(surrogate_alpha / 2)
     g = g.to(v.dtype)
     share = torch.where(spikes, 1, distance.reciprocal()) if straight_through else slope.div(tau).add_(spikes)
