@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _modules(study: Study, lines: Lines) -> Figure | None:
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         panel.set_xticks(range(len(kinds)), kinds, rotation=90, fontsize=7)
         panel.set_yticks(range(len(layers)), [layer.rpartition(".")[2] or "none" for layer in layers], fontsize=7)
-        panel.set_title(title, fontsize=8)
+        panel.set_title(textwrap.fill(title, 34), fontsize=8)
     for row in panels:
         row[0].set_ylabel("layer")
     made.colorbar(image, ax=panels, label="share of silent activations")
