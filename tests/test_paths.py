@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora.method import paths
 from spikelora.method.gate import SpikeGate
 from spikelora.method.paths import Path, force_path, kept
 from spikelora.sparsity.observe import gates, observing
@@ -346,6 +347,17 @@ class TestKept:
             layer.lora_A["default"] = Quiet(6, 4, bias=False)
             layer(x)
         assert held() is None
+
+    def test_two_threads_may_forget_it(self, monkeypatch):
+        layer, x = one_layer(), batch(2, 3, 6)
+        expected = layer(x)
+
+        def forgotten_meanwhile(choice, own, *args):
+            del own["_kept"]
+            return False
+
+        monkeypatch.setattr(paths, "_holds", forgotten_meanwhile)
+        assert torch.equal(layer(x), expected)
 
     def test_is_of_one_layer(self):
         layer, x = one_layer(), batch(2, 3, 6)

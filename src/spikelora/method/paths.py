@@ -83,13 +83,16 @@ def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
 
 
 def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
-    """Keep that a layer takes `Path.FUSED`, for `kept`; not with dropout, learned numbers, observers or autocast."""
+    """Keep that a layer takes `Path.FUSED`, for `kept`; not with dropout, learned numbers or observers."""
     if torch.compiler.is_compiling():
         return
-    base, *parts = (layer.base_layer, *(layer._modules[name]._modules[adapter_name] for name in _PARTS))
-    gate, is_usual = parts[3], type(base) is nn.Linear and x.dtype == base.weight.dtype and not x.is_meta
-    is_fixed = type(parts[2]) is nn.Identity and not (gate.learn_threshold or gate.learn_tau or gate.observers)
-    if is_usual and is_fixed:
+    modules = layer._modules
+    dropout, gate = modules["lora_dropout"]._modules[adapter_name], modules["lora_gate"]._modules[adapter_name]
+    if type(dropout) is not nn.Identity or gate.learn_threshold or gate.learn_tau or gate.observers:
+        return
+    base = modules["base_layer"]
+    if type(base) is nn.Linear and x.dtype == base.weight.dtype and not x.is_meta:
+        parts = (modules[name]._modules[adapter_name] for name in _PARTS)
         dtypes = (x.dtype, x.dtype, adapter.A.dtype, adapter.A.dtype, torch.float32, torch.float32)
         n_hooks = RemovableHandle.next_id
         layer.__dict__["_kept"] = Kept(adapter, [adapter_name], (base, *parts), dtypes, x.device.type, n_hooks)
@@ -110,7 +113,7 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
     weight, bias = choice.parts[0]._parameters.get("weight"), choice.parts[0]._parameters.get("bias")
     if _holds(choice, own, weight, bias, x):
         return weight, bias, choice.adapter
-    del own["_kept"]  # others may want the memory of what it holds
+    own.pop("_kept", None)  # others may want the memory of what it holds; another thread may have been here
     return None
 
 

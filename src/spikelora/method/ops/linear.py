@@ -261,7 +261,7 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
     """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
 
     The kernels are taken at every size. Where the GPU waits for the host, what counts is the number of launches: with
-    the base's own, 3 in a forward and 7 in a training step, for 4 and 16 by plain torch (`make bench ARGS="--only
+    the base's own, 3 in a forward and 7 in a training step, for 4 and 17 by plain torch (`make bench ARGS="--only
     host"`).
     """
     if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
