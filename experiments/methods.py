@@ -17,12 +17,13 @@ from spikelora.method.neuron import spike_gate
 from spikelora.sparsity.observe import gates
 
 _NEURON = {"v_threshold": 0.1, "tau": 2.0, "target_sparsity": None, "learn_threshold": False}
+_TARGET = {"target_scope": None, "target_warmup": None}
 _SURROGATE = {"surrogate": None, "surrogate_alpha": None}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     # LoRA of the rank with as many multiply-accumulates as SpikeLoRA of rank r needs at the sparsity `rate`.
     "lora_same_operations": {"rate": ...},
-    "spikelora": _NEURON | _SURROGATE,
+    "spikelora": _NEURON | _SURROGATE | _TARGET,
     # Open where |a| >= tau * v_threshold.
     "two_sided": _NEURON,
     # max(a, 0) with its own gradient; `spikelora` at a threshold of 0 has the surrogate's beside.
@@ -49,7 +50,9 @@ def adapter_config(run: Any, task_type: str) -> LoraConfig:
     }
     if run.method.startswith("lora"):
         return LoraConfig(**shared)
-    neuron = {name: value for name in _NEURON | _SURROGATE if (value := getattr(run, name)) is not None}
+    neuron = {
+        name: value for name in (*_NEURON, *_SURROGATE, "target_scope") if (value := getattr(run, name)) is not None
+    }
     if run.method in ("relu", "random_mask", "dropout"):
         neuron = {"v_threshold": 0.0}
     return SpikeLoraConfig(**shared, **neuron)

@@ -59,7 +59,7 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
     panels = made.subplots(1, len(names))
     for name, panel in zip(names, panels, strict=True):
         for n, (series, cells) in enumerate(_series(study, swept).items()):  # of one colour in all panels
-            at = [(_value(cell, swept), _stats(cell, lines, name)) for cell in cells]
+            at = [(_value(cell, swept), _stats(cell, lines, name, study.part)) for cell in cells]
             at = [(x, s) for x, s in at if s is not None and not math.isnan(s.mean)]
             points = sorted(((x, s) for x, s in at if x is not None), key=lambda pair: pair[0])
             if points:
@@ -93,9 +93,9 @@ def _value(cell: Cell, swept: str) -> float | None:
     return cell.runs[0].config().get(swept)
 
 
-def _stats(cell: Cell, lines: Lines, name: str) -> Any:
+def _stats(cell: Cell, lines: Lines, name: str, part: str) -> Any:
     found = of_cell(cell, lines)
-    return summary([figure(line, name) for line in found.values()]) if found else None
+    return summary([figure(line, name, part) for line in found.values()]) if found else None
 
 
 def _modules(study: Study, lines: Lines) -> Figure | None:

@@ -38,9 +38,9 @@ def prepare(study: Study, runs: list[Run], store: Store) -> None:
         raise StudyError(
             f"{study.path}: `batch_size` is of all {n} processes together, and cannot be shared out to them"
         )
-    for task in dict.fromkeys(run.task for run in runs):
+    for task, with_test in dict.fromkeys((run.task, bool(run.test)) for run in runs):
         try:
-            TASKS[task].load()
+            TASKS[task].load(with_test)
         except TaskError as error:
             raise StudyError(f"{study.where('task')}: the task `{task}` cannot be used: {error}") from error
     for model, task in dict.fromkeys((run.model, run.task) for run in runs):

@@ -119,6 +119,8 @@ def _is_whole(line: dict[str, Any]) -> bool:
     sparsity = line["result"].get("sparsity", {"by_module": {}})
     if not _has(sparsity, {"by_module": dict}) or not all(_has(m, _MODULE) for m in sparsity["by_module"].values()):
         return False
+    if line["config"].get("test") and not _has(line["result"], {"test": {"loss": float, "rows": int}}):
+        return False
     return all(isinstance(number, float) for number in line["result"]["metrics"].values())
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spikelora import SpikeLoraError
-from spikelora.peft.config import SURROGATES
+from spikelora.peft.config import SURROGATES, TARGET_SCOPES
 
 from .methods import METHODS, adapter_config
 from .tasks import TASKS
 
+PARTS = ("held_out", "test")  # of the rows that are not trained on: to choose by, and to report then
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 
@@ -53,6 +54,8 @@ class Run:
     learn_threshold: bool | None = None
     surrogate: str | None = None
     surrogate_alpha: float | None = None
+    target_scope: str | None = None
+    target_warmup: float | None = None
     rate: float | None = None
     position: str | None = None
     # Training.
@@ -63,8 +66,10 @@ class Run:
     weight_decay: float = 0.01
     clipping: float = 1.0
     max_length: int = 128
+    A_rate: float | None = None  # learning rate of A, as a share of the others'
     train_rows: int | None = None
     eval_rows: int | None = None
+    test: bool | None = None  # a test part is kept apart and measured at the end; without it all of that is trained on
 
     def config(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -106,6 +111,7 @@ class Study:
     question: str
     finding: str
     compare: str | None
+    part: str
     show: tuple[str, ...]
     order: int
     lines: dict[str, int] = field(repr=False)
@@ -125,10 +131,11 @@ class Study:
 
 
 _TEXTS = ("title", "question", "finding", "compare")
-_KEYS = {*_TEXTS, "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
+_KEYS = {*_TEXTS, "part", "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
 _SHOWN = ("sweep", "modules", "gradients", "history")
 _TYPES = {f.name: f.type for f in fields(Run)}
-_OWN = {"v_threshold", "tau", "target_sparsity", "learn_threshold", "surrogate", "surrogate_alpha", "rate", "position"}
+_OWN = {"v_threshold", "tau", "target_sparsity", "target_scope", "target_warmup", "learn_threshold", "surrogate"}
+_OWN |= {"surrogate_alpha", "rate", "position"}
 # What each field of a run has to be, beside its type.
 _LIMITS = {
     "learning_rate": (lambda v: v > 0, "above 0"),
@@ -138,6 +145,9 @@ _LIMITS = {
     "rate": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "tau": (lambda v: v > 1, "above 1"),
     "target_sparsity": (lambda v: 0 < v < 1, "between 0 and 1"),
+    "target_scope": (lambda v: v in TARGET_SCOPES, f"one of {', '.join(TARGET_SCOPES)}"),
+    "target_warmup": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "A_rate": (lambda v: v > 0, "above 0"),
     "surrogate": (lambda v: v in SURROGATES, f"one of {', '.join(SURROGATES)}"),
     "surrogate_alpha": (lambda v: v > 0, "above 0"),
     "position": (lambda v: v in ("A", "B", "BA"), "A, B or BA"),
@@ -195,6 +205,8 @@ class _Reader:
         show = values.get("show", [])
         if not isinstance(show, list) or any(name not in _SHOWN for name in show):
             self.fail(f"`show` must be a list of {', '.join(_SHOWN)}, got {show!r}", "show")
+        if values.get("part", "held_out") not in PARTS:
+            self.fail(f"`part` must be one of {', '.join(PARTS)}, got {values['part']!r}", "part")
         self.once(values, values.get("settings", {}), values.get("grid", {}))
         if not values.get("grid", {"": 0}):
             self.fail("`grid` is empty; give it a list, or leave it out", "grid")
@@ -216,7 +228,9 @@ class _Reader:
         if not any(cell.is_baseline for cell in cells):
             self.fail('no plain `name = "lora"` to compare with; add it', "methods")
         texts = {key: " ".join(values.get(key, "").split()) for key in ("title", "question", "finding")}
-        texts["compare"] = compare
+        texts |= {"compare": compare, "part": values.get("part", PARTS[0])}
+        if texts["part"] == "test" and not all(run.test for cell in cells for run in cell.runs):
+            self.fail("`part` is the test part, which these runs do not keep apart: set `test = true`", "part")
         lines = {key: self.line(*self.place(key)) for key in ("task", "model")}
         show, order = tuple(values.get("show", ())), values.get("order", 100)
         return Study(name=self.path.stem, path=self.path, cells=cells, show=show, order=order, lines=lines, **texts)

@@ -50,10 +50,11 @@ def modules_of(cell: Cell, lines: Lines) -> list[dict[str, Any]]:
     return [module for found in sparsities for module in found.get("by_module", {}).values()]
 
 
-def figure(line: dict[str, Any], name: str) -> float:
-    """A number of a result: a metric, of the training, or of the sparsity; NaN where it has none."""
+def figure(line: dict[str, Any], name: str, part: str) -> float:
+    """A number of a result: a metric or the sparsity on a part, or of the training; NaN where it has none."""
     result = line["result"]
-    for group in (result["metrics"], result.get("sparsity", {}), result, line["where"]):
+    of_part = result["test"] if part == "test" else result["metrics"]
+    for group in (of_part, result.get("sparsity", {}), result, line["where"]):
         if name in group:
             return float(group[name])
     return math.nan
@@ -75,14 +76,15 @@ def _compared(
     on_cpu = all("CPU" in line["where"]["device"] for line in lines.values())
     head = [*(name for name, _ in study.cells[0].point), "method", "seeds"]
     head += [
-        _title(firsts[0]) if len(firsts) == 1 else "metric",
+        _title(firsts[0], study.part) if len(firsts) == 1 else "metric",
         "difference to LoRA",
         "p",
         "against",
         "difference",
         "p",
     ]
-    head += [*map(_title, others), "gap", "sparsity", "at threshold 0", "silent tokens", "dead before, after"]
+    head += [*(_title(name, study.part) for name in others), "gap", "sparsity", "operations"]
+    head += ["at threshold 0", "silent tokens", "dead before, after"]
     head.append("CPU min" if on_cpu else "min")
     pairs = [_difference(cell, study, lines, label) for cell in study.cells for label in ("lora", cell.against)]
     corrected = holm([pair.p if pair else math.nan for pair in pairs])
@@ -106,22 +108,25 @@ def _compared(
             body.append([*row, *[""] * (len(head) - len(row))])
             continue
         first = study.compared(cell)
-        row.append(("" if len(firsts) == 1 else f"{first} ") + _with_interval(_over(found, first)))
+        row.append(("" if len(firsts) == 1 else f"{first} ") + _with_interval(_over(found, first, study.part)))
         row += [*to_lora, (cell.against or "") if to_other[0] else "", *to_other]
-        row += [_with_sd(_over(found, name)) for name in (*others, "generalisation_gap", "sparsity")]
+        row += [_with_sd(_over(found, name, study.part)) for name in (*others, "generalisation_gap", "sparsity")]
+        operations = _over(found, "operations", study.part).mean
+        row.append("" if math.isnan(operations) else f"{operations / 1000:.1f}k")
         # Masks that do not look at the activation are no thresholds.
         looks = cell.runs[0].method not in ("random_mask", "dropout")
-        row.append(_mean(_over(found, "zero_threshold_sparsity")) if looks else "")
-        row.append(_mean(_over(found, "silent_tokens")))
-        dead = [_over(found, name).mean for name in ("dead_at_start", "dead_at_end")]
+        row.append(_mean(_over(found, "zero_threshold_sparsity", study.part)) if looks else "")
+        row.append(_mean(_over(found, "silent_tokens", study.part)))
+        dead = [_over(found, name, study.part).mean for name in ("dead_at_start", "dead_at_end")]
         row.append("" if math.isnan(dead[0]) else f"{dead[0]:.3g}, {dead[1]:.3g}")
-        seconds = _over(found, "training_cpu_seconds" if on_cpu else "training_seconds").mean
+        seconds = _over(found, "training_cpu_seconds" if on_cpu else "training_seconds", study.part).mean
         body.append([*row, f"{seconds / 60:.2g}"])
     return head, body
 
 
-def _title(figure: str) -> str:
-    return "held-out loss" if figure == "loss" else figure
+def _title(figure: str, part: str) -> str:
+    where = "test " if part == "test" else "held-out " if figure == "loss" else ""
+    return where + figure
 
 
 def _difference(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
@@ -132,7 +137,7 @@ def _difference(cell: Cell, study: Study, lines: Lines, label: str | None) -> Di
     ours, theirs = of_cell(cell, lines), of_cell(other, lines)
     seeds = [seed for seed in ours.keys() & theirs.keys() if _circumstances(ours[seed]) == _circumstances(theirs[seed])]
     name = study.compared(cell)
-    return difference(*({seed: figure(found[seed], name) for seed in seeds} for found in (ours, theirs)))
+    return difference(*({seed: figure(found[seed], name, study.part) for seed in seeds} for found in (ours, theirs)))
 
 
 def _circumstances(line: dict[str, Any]) -> list[Any]:
@@ -141,8 +146,8 @@ def _circumstances(line: dict[str, Any]) -> list[Any]:
     return [*rows, line["where"]["device"], *(line["versions"].get(name) for name in ("python", "torch"))]
 
 
-def _over(found: dict[int, dict[str, Any]], name: str) -> Summary:
-    return summary([figure(line, name) for line in found.values()])
+def _over(found: dict[int, dict[str, Any]], name: str, part: str) -> Summary:
+    return summary([figure(line, name, part) for line in found.values()])
 
 
 def _other_rank(cell: Cell, found: dict[int, dict[str, Any]]) -> int | None:

@@ -29,17 +29,31 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
+    """The rows of a task: to train on, to choose by, and to report where something was chosen.
+
+    `test` is a file of its own, or rows that stand in `train` as well: `Task.load` takes them out where they are used.
+    """
+
     train: list[Row]
     held_out: list[Row]
+    test: list[Row]
 
 
 @dataclass(frozen=True)
 class Task:
     """A task; `metrics` are named as in `METRICS`, the one that tables compare first. `labels` is 1 for regression."""
 
-    load: Callable[[], Rows]
+    read: Callable[[], Rows]
     metrics: tuple[str, ...]
     labels: int
+
+    def load(self, with_test: bool = False) -> Rows:
+        """The rows; with a test part nothing of it is trained on."""
+        rows = self.read()
+        if not with_test:
+            return rows
+        of_test = {id(row) for row in rows.test}
+        return rows._replace(train=[row for row in rows.train if id(row) not in of_test])
 
     @property
     def is_language(self) -> bool:
@@ -131,27 +145,34 @@ def _some(rows: list[Row], name: str) -> list[Row]:
 def _cola() -> Rows:
     """As in GLUE: its validation set is the sentences in the domain and out of it."""
     held_out = _cola_rows("cola/in_domain_dev.tsv") + _cola_rows("cola/out_of_domain_dev.tsv")
-    return Rows(_cola_rows("cola/in_domain_train.tsv"), held_out)
+    train = _cola_rows("cola/in_domain_train.tsv")
+    return Rows(train, held_out, _every_tenth(train))
+
+
+def _every_tenth(rows: list[Row]) -> list[Row]:
+    """Of training rows those of the test part; others than what is held out of tasks that come in one piece."""
+    return rows[5::10]
 
 
 def _sst2() -> Rows:
-    return Rows(_labelled_rows("sst2/train.txt"), _labelled_rows("sst2/dev.txt"))
+    return Rows(*(_labelled_rows(f"sst2/{part}.txt") for part in ("train", "dev", "test")))
 
 
 def _subj() -> Rows:
     """Subj comes in one piece: every tenth row is held out."""
     rows = _labelled_rows("subj/subj.all")
-    return Rows([row for n, row in enumerate(rows) if n % 10], rows[::10])
+    return Rows([row for n, row in enumerate(rows) if n % 10], rows[::10], _every_tenth(rows))
 
 
 def _shakespeare() -> Rows:
-    """The last tenth of the text is held out."""
+    """The last tenth of the text is held out, the one before it is the test part."""
     name = "tinyshakespeare/input.txt"
     text = "\n".join(_lines(name))
-    end = text.find("\n\n", len(text) * 9 // 10)
-    if end < 0:
-        raise TaskError(f"{name}: needs an empty line in its last tenth, behind which it is held out")
-    return Rows([Row(text[:end], None, None)], [Row(text[end:], None, None)])
+    test, end = (text.find("\n\n", len(text) * tenths // 10) for tenths in (8, 9))
+    if not 0 <= test < end:
+        raise TaskError(f"{name}: needs an empty line in each of its last two tenths, behind which those are held out")
+    parts = [Row(part, None, None) for part in (text[:test], text[test:end], text[end:])]
+    return Rows(parts[:2], parts[2:], parts[1:2])
 
 
 def _pydoc() -> Rows:
@@ -172,7 +193,7 @@ def _pydoc() -> Rows:
             if len(passage) > 2000:
                 passages.append(Row(passage, None, None))
                 passage = ""
-    return Rows([row for n, row in enumerate(passages) if n % 10], passages[::10])
+    return Rows([row for n, row in enumerate(passages) if n % 10], passages[::10], _every_tenth(passages))
 
 
 # Of each data set of GLUE: its columns of text, its metrics, its number of labels, and the split that is held out.
@@ -212,7 +233,7 @@ def _glue(name: str, held_out: str) -> Rows:
             if not is_label or not all(isinstance(text, str) for text in row[: len(columns)]):
                 raise TaskError(f"glue/{name}, {split}, row {number}: needs text and a label, has {tuple(row)!r:.200}")
         made.append(_some(rows, f"glue/{name}, {split}"))
-    return Rows(*made)
+    return Rows(*made, _every_tenth(made[0]))  # the hub's test splits have no labels
 
 
 TASKS = {

@@ -85,7 +85,7 @@ class _Training:
         base, self.tokenizer = models.load(run.model, self.task)
         task_type = "CAUSAL_LM" if self.task.is_language else "SEQ_CLS"
         self.model = adapt(base, run, task_type).to(self.device)
-        self.train_rows, self.held_out = self._rows()
+        self.train_rows, self.held_out, self.test_rows = self._rows()
         self.adapters = [
             (name.replace("base_model.model.", "").partition(".lora_")[0], "A" if ".lora_A." in name else "B", p)
             for name, p in self.model.named_parameters()
@@ -93,11 +93,13 @@ class _Training:
         ]
         self.has_gates = not run.method.startswith("lora")
 
-    def _rows(self) -> tuple[list[dict], list[dict]]:
+    def _rows(self) -> tuple[list[dict], list[dict], list[dict]]:
         run = self.settings
-        train, held_out = (encode(rows, self.tokenizer, run.max_length) for rows in self.task.load())
+        parts = self.task.load(bool(run.test))
+        train, held_out, test = (encode(rows, self.tokenizer, run.max_length) for rows in parts)
         # Few training rows are others for each seed, what is held out is the same for all.
-        return _some(train, run.train_rows, run.seed), _some(held_out, run.eval_rows, 0)
+        train, held_out = _some(train, run.train_rows, run.seed), _some(held_out, run.eval_rows, 0)
+        return train, held_out, _some(test, run.eval_rows, 0) if run.test else []
 
     def run(self) -> tuple[dict[str, Any], dict[str, float]]:
         run = self.settings
@@ -164,7 +166,23 @@ class _Training:
         }
         if self.has_gates:
             result["sparsity"] = _sparsity(start["report"], end["report"])
+        result["operations"] = self._operations(end.get("report"))
+        if self.test_rows:
+            test = self.evaluate(self.test_rows)
+            result["test"] = {name: test[name] for name in ends} | {"rows": len(self.test_rows)}
+            if self.has_gates:
+                result["test"] |= {"sparsity": test["report"].sparsity, "silent_tokens": test["report"].silent_tokens}
         return result
+
+    def _operations(self, report: SparsityReport | None) -> float:
+        """Multiply-accumulates of the whole adapter for a token: `r * in + (1 - sparsity) * r * out` in each module."""
+        silent = {name: module.sparsity for name, module in report.modules.items()} if report else {}
+        layers = {name.removeprefix("base_model.model."): layer for name, layer in self.model.named_modules()}
+        layers = {name: layer for name, layer in layers.items() if hasattr(layer, "lora_A")}
+        return sum(
+            layer.r["default"] * (layer.in_features + (1 - silent.get(name, 0.0)) * layer.out_features)
+            for name, layer in layers.items()
+        )
 
     def _norms(self, norms: list[Tensor]) -> dict[str, Any]:
         """Mean over the steps of the norms of gradients before clipping: by epoch over all modules, and by module."""
@@ -224,19 +242,21 @@ class _Training:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _groups(self) -> list[dict[str, Any]]:
-        """No decay of biases, nor of learned thresholds, which it would pull to 0."""
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        decays = [not (name.endswith("bias") or ".lora_gate." in name) for name, _ in named]
-        made = []
-        for is_decayed, decay in ((True, self.settings.weight_decay), (False, 0.0)):
-            parameters = [p for (_, p), d in zip(named, decays, strict=True) if d is is_decayed]
-            made += [{"params": parameters, "weight_decay": decay}] if parameters else []
-        return made
+        """No decay of biases, nor of learned thresholds, which it would pull to 0; A perhaps at a rate of its own."""
+        run = self.settings
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                decay = 0.0 if name.endswith("bias") or ".lora_gate." in name else run.weight_decay
+                rate = run.learning_rate * (run.A_rate or 1.0 if ".lora_A." in name else 1.0)
+                groups.setdefault((decay, rate), []).append(p)
+        return [{"params": ps, "weight_decay": decay, "lr": rate} for (decay, rate), ps in groups.items()]
 
     def _control(self, state: Any) -> SparsityControlCallback | None:
         if self.settings.target_sparsity is None:
             return None
-        control = SparsityControlCallback()
+        warmup = self.settings.target_warmup
+        control = SparsityControlCallback(**({} if warmup is None else {"warmup_ratio": warmup}))
         control.on_train_begin(self._arguments(), state, None, model=self.model)
         return control
 

@@ -45,6 +45,7 @@ TABLE = {
     (calibrate_thresholds, "model"): NO_MODELS,
     (calibrate_thresholds, "batches"): NO_BATCHES,
     (calibrate_thresholds, "target_sparsity"): NO_SHARES,
+    (calibrate_thresholds, "target_scope"): [None, "model", 1],
     (prune_ranks, "model"): NO_MODELS,
     (prune_ranks, "batches"): NO_BATCHES,
     (to_lora, "model"): NO_MODELS,
@@ -71,6 +72,7 @@ TABLE = {
     (SpikeLoraConfig, "learn_tau"): [None, "yes", 1],
     (SpikeLoraConfig, "threshold_pattern"): [["fc1"], {"fc1": "0.1"}, {"(": 0.1}, {"fc1": None}],
     (SpikeLoraConfig, "target_sparsity"): ["0.9", True, 0, 1],
+    (SpikeLoraConfig, "target_scope"): [None, "model", 1],
     (SpikeLoraConfig, "target_tolerance"): [None, "0.1", 0, 1],
 }
 CASES = [

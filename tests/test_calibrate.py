@@ -58,6 +58,32 @@ def test_every_module_meets_the_target(target):
     assert {round(m.sparsity, 3) for m in meter.report().modules.values()} == {target}
 
 
+def test_the_adapter_meets_the_target_and_modules_find_their_own_shares():
+    model = spiking(tiny_opt(), r=8)
+    found = calibrate_thresholds(model, BATCHES, 0.8, target_scope="adapter")
+
+    assert found == thresholds(model)
+    with SparsityMeter(model) as meter:
+        for batch in BATCHES:
+            model(**batch)
+    report = meter.report()
+    assert report.sparsity == found.sparsity == pytest.approx(0.8, abs=0.005)
+    assert {name: m.sparsity for name, m in report.modules.items()} == pytest.approx(
+        {name: 0.8 + off for name, off in found.off.items()}
+    )
+    assert max(found.off.values()) - min(found.off.values()) > 0.1
+    assert max(m.sparsity for m in report.modules.values()) <= 0.98 + 1e-3  # a tenth of 0.2 fires in each
+
+
+def test_an_adapter_that_misses_its_target_is_named(monkeypatch):
+    monkeypatch.setattr(calibration, "_MAX_ROUNDS", 1)
+    model = trained(tiny_opt(), lora_alpha=500)
+    with pytest.warns(
+        RuntimeWarning, match=r"After 1 rounds these are still off the target 0\.9: adapter 'default' by"
+    ):
+        calibrate_thresholds(model, BATCHES, 0.9, target_scope="adapter")
+
+
 def test_padding_is_left_out():
     model, mask = spiking(tiny_opt()), torch.ones_like(TOKENS)
     mask[::2, 5:] = 0

@@ -335,8 +335,21 @@ def test_control_holds_the_target(tmp_path, target, device):
     assert [g.gate.v_threshold.item() for g in gates(loaded)] == [g.gate.v_threshold.item() for g in gates(model)]
 
 
-def test_control_wakes_a_dead_module(tmp_path):
-    model = spiking(target_sparsity=0.9, target_tolerance=0.5, v_threshold=1e6)
+def test_control_holds_the_adapter_as_a_whole_and_lets_its_modules_differ(tmp_path):
+    model = spiking(target_sparsity=0.9, target_tolerance=0.03, target_scope="adapter")
+    options = {"max_steps": 80, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine"}
+    make_trainer(tmp_path, model, [SparsityControlCallback()], **options).train()
+    report = held_out(model)
+    shares = [m.sparsity for m in report.modules.values()]
+
+    assert report.sparsity == pytest.approx(0.9, abs=0.01)
+    assert max(shares) - min(shares) > 0.1
+    assert max(shares) < 0.995  # a tenth of the share of all fires in each, which is 0.01
+
+
+@pytest.mark.parametrize("scope", ["module", "adapter"])
+def test_control_wakes_a_dead_module(tmp_path, scope):
+    model = spiking(target_sparsity=0.9, target_tolerance=0.5, target_scope=scope, v_threshold=1e6)
     make_trainer(tmp_path, model, [SparsityControlCallback()]).train()
 
     assert all(gated.layer.lora_B["default"].weight.any() for gated in gates(model))
@@ -359,9 +372,10 @@ def test_the_target_rises_over_the_warm_up(tmp_path):
     assert watch.shares[:6] == pytest.approx([0.5, 0.58, 0.66, 0.74, 0.82, 0.9], abs=0.02)
 
 
-def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("scope", ["module", "adapter"])
+def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path, scope):
     def run(folder, resume=None, **options):
-        model = spiking(target_sparsity=0.9, target_tolerance=0.5)
+        model = spiking(target_sparsity=0.9, target_tolerance=0.5, target_scope=scope)
         trainer = make_trainer(
             folder, model, [SparsityControlCallback()], save_strategy="steps", save_steps=5, logging_steps=1, **options
         )

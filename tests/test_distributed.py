@@ -17,6 +17,7 @@ from spikelora.sparsity.observe import gates
 
 LEARNED = {"learn_threshold": True, "learn_tau": True}
 HELD = {"target_sparsity": 0.9, "target_tolerance": 0.5}
+HELD_TOGETHER = HELD | {"target_scope": "adapter"}
 REENTRANT = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
 # Options of the model and of the Trainer.
 CASES = {
@@ -24,6 +25,7 @@ CASES = {
     "checkpointed": (LEARNED, {CHECKPOINTING: True, "ddp_find_unused_parameters": False}),
     "reentrant": (LEARNED, REENTRANT | {"ddp_find_unused_parameters": False}),
     "held": (HELD, {"save_strategy": "steps", "save_steps": 3}),
+    "held_together": (HELD_TOGETHER, {"save_strategy": "steps", "save_steps": 3}),
 }
 
 
@@ -117,10 +119,11 @@ def uneven_work():
 
 
 def under_ddp(folder):
-    names = CASES if place()[1] < 4 else ("unused", "held")
+    names = CASES if place()[1] < 4 else ("unused", "held", "held_together")
     results = {name: train(folder / name, adapted(**CASES[name][0]), **CASES[name][1]) for name in names}
-    model, options = CASES["held"]
-    results["held"]["resumed"] = go_on(folder / "held", adapted(**model), **options)
+    for name in ("held", "held_together"):
+        model, options = CASES[name]
+        results[name]["resumed"] = go_on(folder / name, adapted(**model), **options)
     return results | {"meter": uneven_work()} | {path.name: two_forwards(path.name) for path in Path}
 
 
@@ -175,6 +178,8 @@ REENTRANTLY = pytest.mark.compatibility(
         pytest.param("reentrant", 2, marks=REENTRANTLY),
         pytest.param("held", 2, marks=HELD_THRESHOLDS),
         pytest.param("held", 4, marks=HELD_THRESHOLDS),
+        pytest.param("held_together", 2, marks=HELD_THRESHOLDS),
+        pytest.param("held_together", 4, marks=HELD_THRESHOLDS),
     ],
 )
 def test_ddp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case, n):
@@ -187,9 +192,10 @@ def test_ddp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case, 
 
 
 @pytest.mark.compatibility("Many processes", "DDP, resuming")
+@pytest.mark.parametrize("case", ["held", "held_together"])
 @pytest.mark.parametrize("n", [2, 4])
-def test_ddp_goes_on_from_a_checkpoint_to_the_same_losses(runs, n):
-    for seen in (of["held"] for of in runs[1][n]):
+def test_ddp_goes_on_from_a_checkpoint_to_the_same_losses(runs, n, case):
+    for seen in (of[case] for of in runs[1][n]):
         if seen["resumed"] is None:
             pytest.skip("transformers 5.17 cannot load an optimiser of several processes on CPU cores")
         assert seen["resumed"] == pytest.approx(seen["losses"][3:-1], abs=5e-6)

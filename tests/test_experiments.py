@@ -87,7 +87,7 @@ class TestBadStudy:
         ("old", "new", "message"),
         [
             ('title = "Tiny"', 'titel = "Tiny"', "line 1: unknown key `titel`"),
-            ("epochs = 1", "epoch = 1", "line 9: `epoch` has no meaning here; there are batch_size, clipping"),
+            ("epochs = 1", "epoch = 1", "line 9: `epoch` has no meaning here; there are A_rate, batch_size"),
             ('task = "pydoc"', 'task = "kola"', "line 4: `task` must be one of cola, sst2, subj"),
             ('name = "spikelora"', 'name = "spiklora"', "line 19: `name` must be one of lora, lora_same_operations"),
             ("seeds = [0, 1]", "seeds = []", "line 5: `seeds` is missing or empty"),
@@ -107,6 +107,10 @@ class TestBadStudy:
             ("learning_rate = 1e-2\n", "", "line 7: `learning_rate` is missing"),
             ('[[methods]]\nname = "lora"\n', "", 'no plain `name = "lora"` to compare with'),
             ('"history"]', '"histories"]', "line 2: `show` must be a list of sweep, modules"),
+            ('title = "Tiny"', 'title = "Tiny"\npart = "train"', "line 2: `part` must be one of held_out, test"),
+            ('title = "Tiny"', 'title = "Tiny"\npart = "test"', "line 2: `part` is the test part, .* `test = true`"),
+            ("[0.1, 2.0]", "0.1\ntarget_scope = 'model'", "line 21: `target_scope` must be one of module, adapter"),
+            ("epochs = 1", "epochs = 1\nA_rate = 0", "line 10: `A_rate` must be above 0, got 0"),
             ("[0.1, 2.0]", "[0.1, 0.1]", "line 20: `v_threshold` has a value twice"),
             ("[0.1, 2.0]", "[1, 1.0]", "line 20: `v_threshold` has a value twice"),
             ("[0.1, 2.0]", '0.1\nagainst = "lora"', "line 21: `against` is 'lora'; there are no others"),
@@ -196,6 +200,8 @@ class TestBadData:
         for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
             (tmp_path / "cola" / f"{name}.tsv").write_text(good)
         (tmp_path / "subj" / "subj.all").write_bytes(b"0 caf\xe9\n" + b"1 a film\n" * 19)
+        (tmp_path / "tinyshakespeare").mkdir()
+        (tmp_path / "tinyshakespeare" / "input.txt").write_text("\n\n".join(f"Speech {n}" for n in range(100)))
         return tmp_path
 
     def test_columns_that_do_not_fit_are_named_with_their_line(self, data, study, capsys):
@@ -222,6 +228,24 @@ class TestBadData:
         assert (len(cola.train), len(cola.held_out)) == (2, 4)
         assert cola.train[1] == tasks.Row("Sentence a.", None, 0)
         assert (len(subj.train), subj.held_out) == (18, [("café", None, 0), ("a film", None, 1)])
+
+    def test_sst2_has_a_test_file_of_its_own(self, data):
+        for part in ("train", "dev", "test"):
+            (data / "sst2" / f"{part}.txt").write_text(f"1 good {part}\n0 bad {part}\n")
+        rows = tasks.TASKS["sst2"].load(with_test=True)
+        assert [part[0].text for part in rows] == ["good train", "good dev", "good test"]
+
+    @pytest.mark.parametrize(("task", "n_test"), [("cola", 2), ("subj", 2), ("shakespeare", 1), ("pydoc", None)])
+    def test_what_is_kept_apart_for_the_test_is_neither_trained_on_nor_held_out(self, task, n_test, data):
+        path = data / "cola" / "in_domain_train.tsv"
+        path.write_text("".join(f"x\t1\t\tSentence {n}.\n" for n in range(20)))
+        (data / "subj" / "subj.all").write_text("".join(f"1 film {n}\n" for n in range(20)))
+        without, rows = tasks.TASKS[task].load(), tasks.TASKS[task].load(with_test=True)
+
+        assert len(rows.test) == n_test or (n_test is None and 10 < len(rows.test) < 20)
+        assert rows.held_out == without.held_out
+        assert not {row.text for row in rows.test} & {row.text for row in rows.train + rows.held_out}
+        assert sorted(row.text for row in rows.train + rows.test) == sorted(row.text for row in without.train)
 
     def test_glue_is_loaded_by_its_columns(self, monkeypatch):
         asked = []
@@ -499,6 +523,7 @@ class TestRunning:
         ("method", "own"),
         [
             ("spikelora", {"target_sparsity": 0.9}),
+            ("spikelora", {"target_sparsity": 0.9, "target_scope": "adapter", "target_warmup": 0.5}),
             ("two_sided", {"target_sparsity": 0.9}),
             ("spikelora", {"learn_threshold": True}),
         ],
@@ -509,16 +534,46 @@ class TestRunning:
             replace(RUN, method=method, train_rows=64, eval_rows=32, epochs=3, learning_rate=1e-3, **neuron, **own)
         )["result"]["sparsity"]
         thresholds = {module["v_threshold"] for module in found["by_module"].values()}
-        assert len(thresholds) == len(found["by_module"])  # none is that of another, nor the first
+        is_common = own.get("target_scope") == "adapter"
+        assert is_common or len(thresholds) == len(found["by_module"])  # none is that of another, nor the first
         if "target_sparsity" in own:
             assert found["sparsity"] == pytest.approx(0.9, abs=0.05)  # after 48 steps, from about 0.5
         else:
             assert all(0.05 < v_threshold < 0.15 for v_threshold in thresholds)
 
+    def test_a_test_part_is_measured_at_the_end_and_operations_are_counted(self):
+        run = replace(RUN, method="spikelora", v_threshold=0.1, tau=2.0, test=True)
+        result = train(run)["result"]
+        assert result["test"]["rows"] == 4
+        assert result["test"]["loss"] != result["metrics"]["loss"]
+        assert 0 < result["test"]["sparsity"] < 1
+        # q, k, v and out 192 by 192, fc1 192 by 768, fc2 768 by 192, in each of 4 layers.
+        outs = {"fc1": 768}
+        sparsity = {name: module["sparsity"] for name, module in result["sparsity"]["by_module"].items()}
+        expected = sum(
+            8 * ((768 if name.endswith("fc2") else 192) + (1 - s) * outs.get(name.rpartition(".")[2], 192))
+            for name, s in sparsity.items()
+        )
+        assert result["operations"] == pytest.approx(expected)
+        assert train(replace(RUN))["result"]["operations"] == 8 * 4 * (4 * 384 + 2 * 960)
+
+    def test_the_rate_of_a_is_its_own(self, monkeypatch):
+        seen = []
+
+        class Watched(torch.optim.AdamW):
+            def __init__(self, groups, **options):
+                super().__init__(groups, **options)
+                seen.append({p.shape: group["lr"] for group in groups for p in group["params"]})
+
+        monkeypatch.setattr(torch.optim, "AdamW", Watched)
+        train(replace(RUN, A_rate=0.25, r=3))
+        rates = {("A" if shape[0] == 3 else "B"): rate for shape, rate in seen[0].items()}
+        assert rates == {"A": 0.0025, "B": 0.01}
+
     def test_a_classification_run_records_what_is_asked_for(self, tmp_path, monkeypatch):
         monkeypatch.setenv("SPIKELORA_DATA", str(tmp_path))
         (tmp_path / "sst2").mkdir()
-        for name in ("train", "dev"):
+        for name in ("train", "dev", "test"):
             (tmp_path / "sst2" / f"{name}.txt").write_text("1 a very good film\n0 bad\n" * 8)
         own = {"task": "sst2", "method": "spikelora", "v_threshold": 0.1, "tau": 2.0, "train_rows": None}
         line = train(replace(RUN, **own, eval_rows=None, epochs=8))
@@ -669,6 +724,23 @@ class TestTables:
             "| spikelora v_threshold=0.1 | 3 | 2.500 ± 0.990 [0.041, 4.959] | **-0.500 [-0.525, -0.475]** | < 0.001 "
             "| 0.250 ± 0.000 | 0.5 |",
         ]
+
+    def test_a_table_of_the_test_part_has_its_figures_alone(self, study):
+        text = (
+            STUDY.replace("[0, 1]", "[0, 1, 2]")
+            .replace("[0.1, 2.0]", "0.1")
+            .replace("eval_rows", "test = true\neval_rows")
+        )
+        study.write_text(text.replace("title", 'part = "test"\ntitle', 1))
+        store = Store(study.parent / "results")
+        store.folder.mkdir(exist_ok=True)
+        for run in read_study(study).runs:
+            line = canned(run)
+            line["result"]["test"] = {"loss": 3.0 + run.seed, "rows": 4}
+            store.put(run, line)
+        lines = tables.markdown(read_study(study), store).splitlines()
+        assert lines[0].startswith("| method | seeds | test loss | difference to LoRA |")
+        assert lines[2].startswith("| lora | 3 | 4.000 ± 1.000 ")
 
     def test_nothing_within_noise_is_bold(self, study):
         noise = self.table(study, [0, 1, 2], {"lora": [4.0, 3.0, 2.0], "spikelora": [3.0, 3.1, 1.0]})

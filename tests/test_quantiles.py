@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spikelora.sparsity.quantiles import _SIZE, QuantileSketch
+from spikelora.sparsity.quantiles import _SIZE, QuantileSketch, common_threshold
 
 
 def shares(sketch):
@@ -54,3 +54,36 @@ def test_repeated_numbers_count_as_often_as_they_come():
         sketch.add(torch.tensor([0.0] * 700 + [1.0] * 300))
 
     assert shares(sketch) == {0.0: 0.0, 1.0: pytest.approx(0.7, abs=1e-3)}
+
+
+class TestCommonThreshold:
+    def test_silences_the_share_over_all_modules_and_lets_each_find_its_own(self):
+        torch.manual_seed(0)
+        v = [torch.randn(20_000), 3 * torch.randn(20_000), torch.randn(20_000) - 1]
+        found = common_threshold(v, [torch.ones(len(x)) for x in v], 0.8)
+
+        assert found.unique().numel() == 1
+        silent = [(x < t).float().mean().item() for x, t in zip(v, found, strict=True)]
+        assert sum(silent) / 3 == pytest.approx(0.8, abs=1e-4)
+        assert max(silent) - min(silent) > 0.2
+
+    def test_a_module_of_small_activations_keeps_a_tenth_of_the_share_and_the_others_make_up_for_it(self):
+        torch.manual_seed(0)
+        v = [torch.randn(10_000), 1e-3 * torch.randn(10_000)]
+        found = common_threshold(v, [torch.ones(len(x)) for x in v], 0.9)
+
+        silent = [(x < t).double().mean().item() for x, t in zip(v, found, strict=True)]
+        assert silent == pytest.approx([0.81, 0.99], abs=1e-3)
+
+    def test_values_count_by_their_weights_and_padding_not_at_all(self):
+        few, many = torch.tensor([1.0, torch.nan, 2.0]), torch.arange(100.0)
+        found = common_threshold([few, many], [torch.full((3,), 1000.0), torch.ones(100)], 0.5)
+
+        assert found.tolist() == [2.0, 50.0]  # 1000 + 50 of 2100 are silent
+
+    def test_a_module_without_a_number_has_no_threshold(self):
+        v = [torch.full((4,), torch.nan), torch.arange(10.0), torch.empty(0)]
+        found = common_threshold(v, [torch.ones(len(x)) for x in v], 0.5)
+
+        assert found.isnan().tolist() == [True, False, True]
+        assert found[1] == 5

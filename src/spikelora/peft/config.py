@@ -36,6 +36,7 @@ _REFUSED = {
 }
 _INITIALISATIONS = (True, False, "gaussian", "eva")
 SURROGATES = ("atan", "straight_through")
+TARGET_SCOPES = ("module", "adapter")
 
 
 @dataclass
@@ -54,8 +55,10 @@ class SpikeLoraConfig(LoraConfig):
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
-        target_sparsity: share of silent activations, between 0 and 1, at which a `SparsityControlCallback` holds each
-            module during training by its threshold; without one it does nothing.
+        target_sparsity: share of silent activations, between 0 and 1, at which a `SparsityControlCallback` holds the
+            adapter during training by its thresholds; without one it does nothing.
+        target_scope: of what the target is the share: of each "module", or of the "adapter" as a whole, whose modules
+            then find their own shares.
         target_tolerance: how far from the target the adapter may end before the callback warns.
 
     Raises:
@@ -84,6 +87,10 @@ class SpikeLoraConfig(LoraConfig):
     target_sparsity: float | None = field(
         default=None,
         metadata={"help": "Share of silent activations that SparsityControlCallback holds, between 0 and 1."},
+    )
+    target_scope: str = field(
+        default="module",
+        metadata={"help": 'Whose share `target_sparsity` is: of each "module", or of the "adapter" as a whole.'},
     )
     target_tolerance: float = field(
         default=0.01, metadata={"help": "Distance from target_sparsity from which the callback warns at the end."}
@@ -126,11 +133,17 @@ class SpikeLoraConfig(LoraConfig):
         self.target_tolerance = _finite("target_tolerance", self.target_tolerance)
         if not 0 < self.target_tolerance < 1:
             raise SpikeLoraError(f"`target_tolerance` must lie between 0 and 1, got {self.target_tolerance}; try 0.01.")
+        check_scope("target_scope", self.target_scope)
         if self.target_sparsity is not None:
             check_target("target_sparsity", self.target_sparsity)
             if self.learn_threshold:
                 raise SpikeLoraError(
                     "`target_sparsity` sets the thresholds that `learn_threshold` would train; drop one."
+                )
+            if self.target_scope == "adapter" and self.threshold_pattern:
+                raise SpikeLoraError(
+                    '`target_scope="adapter"` sets one threshold for all modules, and `threshold_pattern` asks for '
+                    "others in some; drop one."
                 )
 
     def _check_low_rank(self) -> None:
@@ -248,6 +261,12 @@ def check_target(name: str, target: Any) -> None:
             f"`{name}` must be a share of silent activations between 0 and 1, both excluded, got {target!r}; 0.9 is a "
             "usual one."
         )
+
+
+def check_scope(name: str, scope: Any) -> None:
+    """Raise a `SpikeLoraError` for an unknown scope of a target."""
+    if scope not in TARGET_SCOPES:
+        raise SpikeLoraError(f"`{name}` must be one of {', '.join(map(repr, TARGET_SCOPES))}, got {scope!r}.")
 
 
 def _finite(name: str, value: Any) -> float:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
 from spikelora.method.neuron import charge
-from spikelora.peft.config import check_target
+from spikelora.peft.config import check_scope, check_target
 from spikelora.sparsity.batches import by_module, repeatable, run, warn_of_unreached
 from spikelora.sparsity.observe import Gated, gates
-from spikelora.sparsity.quantiles import QuantileSketch
+from spikelora.sparsity.quantiles import QuantileSketch, common_threshold
 
 # How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
 MAX_MISS = 0.03
+_MAX_MISS_OF_ALL = 0.005  # the same of the adapter as a whole, where that is what is asked for
 # A module settles once those before it have: a chain of as many modules does, and longer ones nearly.
 _MAX_ROUNDS = 8
 
@@ -39,31 +40,38 @@ class Calibration(dict[str, float]):
 
 
 def calibrate_thresholds(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], target_sparsity: float = 0.9
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    target_sparsity: float = 0.9,
+    target_scope: str = "module",
 ) -> Calibration:
-    """Set the threshold of each module so that a target share of its activations is silent on calibration data.
+    """Set the thresholds so that a target share of the activations is silent on calibration data.
 
     `v_threshold` becomes the `target_sparsity` quantile of the module's own `v = a / tau`, over all ranks and all
-    tokens that are no padding, without storing the activations, see `quantiles.py`. Where B is not 0, the
-    new gates change what the modules behind them see. So it goes in rounds, until each module is within 0.03 of the
-    target or eight rounds are over; a last pass measures.
+    tokens that are no padding, without storing the activations, see `quantiles.py`; with `target_scope="adapter"` that
+    of all modules together, see `quantiles.common_threshold`. Where B is not 0, the new gates change what the modules
+    behind them see. So it goes in rounds, until each module is within 0.03 of the target, or the adapter within 0.005,
+    or eight rounds are over; a last pass measures.
 
     Args:
         model: a model with spiking adapters; those that are active are calibrated.
         batches: the model's keyword arguments, batch by batch, attention masks among them. They are used 2 to 9
             times; an iterator is turned into a list.
         target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
+        target_scope: of what it is the share, of each "module" or of the "adapter" as a whole.
 
     Returns:
         The new thresholds by module, or by `<module>.<adapter>` where several adapters ran, with the number of rounds
         and how far each module is from the target.
 
     Raises:
-        SpikeLoraError: for a target outside (0, 1), a model without spiking adapters, no batches, no tokens, or a
-            module whose activations are the same for all tokens, or for which no finite threshold comes within 0.03 of
-            the target; all are as they were then.
+        SpikeLoraError: for a target outside (0, 1), an unknown scope, a model without spiking adapters, no batches,
+            no tokens, or, where each module is to reach the target, one whose activations are the same for all tokens,
+            or for which no finite threshold comes within 0.03 of it; all are as they were then.
     """
     check_target("target_sparsity", target_sparsity)
+    check_scope("target_scope", target_scope)
+    is_common = target_scope == "adapter"
     before = {gated: gated.gate.v_threshold.detach().clone() for gated in gates(model)}
     batches = repeatable(batches)
     found: dict[Gated, float] = {}
@@ -71,9 +79,10 @@ def calibrate_thresholds(
         for rounds in range(_MAX_ROUNDS + 1):
             sketches, counts = _look(model, batches, f"calibrating, round {rounds + 1}" if rounds else "calibrating")
             off = {gated: (silent / n) - target_sparsity for gated, (silent, n) in counts.items()}
-            if rounds == _MAX_ROUNDS or (rounds and all(abs(distance) <= MAX_MISS for distance in off.values())):
+            missed = _missed_of_all(counts, target_sparsity) if is_common else _missed(off)
+            if rounds == _MAX_ROUNDS or (rounds and not missed):
                 break
-            found |= _thresholds(sketches, target_sparsity)
+            found |= (_common if is_common else _thresholds)(sketches, target_sparsity)
             _set(found)
     except BaseException:
         with torch.no_grad():
@@ -81,10 +90,9 @@ def calibrate_thresholds(
                 gated.gate.v_threshold.copy_(v_threshold)
         raise
     warn_of_unreached(model, found, "their thresholds stay as they are")
-    missed = [f"`{name}` by {d:+.3f}" for name, d in by_module(off).items() if abs(d) > MAX_MISS]
     if missed:
         warnings.warn(
-            f"After {rounds} rounds these modules are still off the target {target_sparsity:g}: {', '.join(missed)}. "
+            f"After {rounds} rounds these are still off the target {target_sparsity:g}: {', '.join(missed)}. "
             "Calibrate again, or on more varied data.",
             RuntimeWarning,
             stacklevel=2,
@@ -113,6 +121,31 @@ def _look(
 
     run(model, batches, see, title)
     return sketches, counts
+
+
+def _missed(off: Mapping[Gated, float]) -> list[str]:
+    """The modules that are further from the target than they may be."""
+    return [f"`{name}` by {d:+.3f}" for name, d in by_module(off).items() if abs(d) > MAX_MISS]
+
+
+def _missed_of_all(counts: Mapping[Gated, tuple[int, int]], target: float) -> list[str]:
+    """The adapters that are."""
+    sums: dict[str, list[int]] = {}
+    for gated, numbers in counts.items():
+        sums[gated.adapter] = [a + b for a, b in zip(sums.get(gated.adapter, [0, 0]), numbers, strict=True)]
+    off = {adapter: silent / n - target for adapter, (silent, n) in sums.items()}
+    return [f"adapter {adapter!r} by {d:+.3f}" for adapter, d in off.items() if abs(d) > _MAX_MISS_OF_ALL]
+
+
+def _common(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict[Gated, float]:
+    """The thresholds at which the modules of an adapter together reach the target."""
+    found: dict[Gated, float] = {}
+    for adapter in dict.fromkeys(gated.adapter for gated in sketches):
+        shown = [gated for gated in sketches if gated.adapter == adapter]
+        values, weights = zip(*(sketches[gated].kept() for gated in shown), strict=True)
+        v_thresholds = common_threshold([v.double() for v in values], weights, target).float()
+        found |= {g: v.item() for g, v in zip(shown, v_thresholds, strict=True) if v.isfinite()}
+    return found
 
 
 def _thresholds(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict[Gated, float]:

@@ -21,6 +21,7 @@ from spikelora.sparsity.observe import (
     observing,
     refuse_data_parallel,
 )
+from spikelora.sparsity.quantiles import common_threshold
 
 _START = 0.5  # where targets begin: what a symmetric activation has at threshold 0
 _SAMPLE = 2**12  # elements that a quantile is taken of; at 0.97 it is off by 0.003, which the steps average
@@ -28,14 +29,16 @@ _JUDGED = 0.1  # last share of the training, whose sparsity has to be near the t
 
 
 class SparsityControlCallback(TrainerCallback, ExportableState):
-    """Holds each module at the `target_sparsity` of its configuration while it is trained.
+    """Holds an adapter at the `target_sparsity` of its configuration while it is trained, or each of its modules.
 
     After each step the threshold goes a part of the way to the target quantile of the module's own activations in that
     step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, the mean over micro-batches and processes; after
-    the first step all of the way, wherever it was. The target itself rises from 0.5, what a symmetric activation has at
-    threshold 0, over the first steps. A module that never fires comes back to life so, as its threshold falls to its
-    activations. The thresholds are saved with the adapter, in checkpoints as at the end. What is held is the sparsity
-    of the training, under its dropout: without `lora_dropout` activations vary less, and the sparsity is higher.
+    the first step all of the way, wherever it was. With `target_scope="adapter"` it is the quantile of all modules'
+    activations together, see `quantiles.common_threshold`. The target itself rises from 0.5, what a symmetric
+    activation has at threshold 0, over the first steps. A module that never fires comes back to life so, as its
+    threshold falls to its activations. The thresholds are saved with the adapter, in checkpoints as at the end. What is
+    held is the sparsity of the training, under its dropout: without `lora_dropout` activations vary less, and the
+    sparsity is higher.
 
     Args:
         warmup_ratio: share of the training over which the target rises.
@@ -89,13 +92,20 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
                 "The thresholds are those before the training, not the checkpoint's: load them, too, by "
                 "`model.load_adapter(checkpoint, adapter_name, is_trainable=True)` before the Trainer resumes."
             )
+        self._is_common = {adapter: configs[adapter].target_scope == "adapter" for adapter in self._goals}
         self._seen: dict[Gated, Tensor] = {}
+        self._samples: dict[Gated, list[tuple[Tensor, Tensor]]] = {}
         self._set_progress(state)
         self._context.enter_context(observing(model, self._see))
         self._meter = self._context.enter_context(SparsityMeter(model, training=True))
 
     @torch.no_grad()
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._add_common()
+
+    @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._add_common()
         # In the same order in all processes, also for a module that ran in some of them only.
         sums = torch.stack([self._seen.get(g, torch.zeros(2)).to(args.device) for g in self._targets])
         self._seen.clear()
@@ -153,11 +163,35 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         v = charge(a[tokens], gated.gate.neuron()[1])
         if mask is not None:
             v = v.masked_fill(~mask[tokens, None], torch.nan)
+        if self._is_common[gated.adapter]:
+            v = v.flatten().float()
+            weights = torch.full_like(v, a.numel() / v.numel())
+            self._samples.setdefault(gated, []).append((v, weights))
+        else:
+            self._add(gated, v.nanquantile(self._target_now(gated)))
+
+    def _add_common(self) -> None:
+        """After a micro-batch: what all modules of an adapter showed in it together gives each of them its quantile."""
+        for adapter in self._goals:
+            shown = {gated: parts for gated, parts in self._samples.items() if gated.adapter == adapter}
+            if shown:
+                device = next(iter(shown.values()))[0][0].device  # a model may lie on several
+                values, weights = (
+                    [torch.cat([part[n] for part in parts]).to(device) for parts in shown.values()] for n in (0, 1)
+                )
+                found = common_threshold(values, weights, self._target_now(next(iter(shown))))
+                for gated, v_threshold in zip(shown, found, strict=True):
+                    self._add(gated, v_threshold)
+        self._samples.clear()
+
+    def _target_now(self, gated: Gated) -> float:
         target = self._targets[gated]
         start = min(_START, target)
-        quantile = v.nanquantile(start + (target - start) * self._progress)
-        is_known = quantile.isfinite()
-        new = torch.stack((torch.where(is_known, quantile, 0), is_known.to(quantile.dtype)))
+        return start + (target - start) * self._progress
+
+    def _add(self, gated: Gated, v_threshold: Tensor) -> None:
+        is_known = v_threshold.isfinite()
+        new = torch.stack((torch.where(is_known, v_threshold, 0), is_known.to(v_threshold.dtype)))
         self._seen[gated] = self._seen[gated] + new if gated in self._seen else new
 
 

@@ -1,7 +1,10 @@
-"""Quantiles of a stream of numbers in bounded memory."""
+"""Quantiles of a stream of numbers in bounded memory, and one threshold for many modules."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 _SIZE = 2**13
 
@@ -37,15 +40,22 @@ class QuantileSketch:
 
     def shares_below(self) -> tuple[Tensor, Tensor]:
         """The distinct numbers that were kept, rising, and the share of all numbers that lies below each."""
-        levels = [(0, values) for values in self._waiting]
-        levels += [(k, values) for k, values in enumerate(self._levels) if values is not None]
-        if not sum(len(values) for _, values in levels):
+        values, weights = self.kept()
+        if not len(values):
             return torch.empty(0), torch.empty(0)
-        values, order = torch.cat([values for _, values in levels]).cpu().sort()  # not every device has float64
-        weights = torch.cat([torch.full_like(v, 2**k, dtype=torch.float64) for k, v in levels])[order]
+        values, order = values.sort()
+        weights = weights[order]
         distinct, counts = values.unique_consecutive(return_counts=True)
         first = counts.cumsum(0) - counts
         return distinct, (weights.cumsum(0) - weights)[first] / weights.sum()
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The numbers that were kept, in no order, and how many of all each of them stands for."""
+        levels = [(0, values) for values in self._waiting]
+        levels += [(k, values) for k, values in enumerate(self._levels) if values is not None]
+        levels = [(k, values.cpu()) for k, values in levels] or [(0, torch.empty(0))]  # not every device has float64
+        weights = [torch.full_like(values, 2**k, dtype=torch.float64) for k, values in levels]
+        return torch.cat([values for _, values in levels]), torch.cat(weights)
 
     def _carry(self, values: Tensor) -> None:
         for level, below in enumerate(self._levels):
@@ -56,3 +66,35 @@ class QuantileSketch:
             self._offset = 1 - self._offset
             self._levels[level] = None
         self._levels.append(values.clone())
+
+
+def common_threshold(values: Sequence[Tensor], weights: Sequence[Tensor], target: float) -> Tensor:
+    """One threshold for all modules, at which a share `target` of the elements of all of them together is silent.
+
+    No module is to fall silent by that, as it would learn no more: a tenth of the share that fires over all fires in
+    each, so that `threshold = min(common, quantile(v, 1 - (1 - target) / 10))`, and `common` makes up for the second.
+
+    Args:
+        values: of each module some of its `v`, of one dimension; a NaN has no rank.
+        weights: how many elements each value stands for.
+        target: above 0 and below 1.
+
+    Returns:
+        A threshold for each module, NaN for one without a number.
+    """
+    v = pad_sequence(list(values), batch_first=True, padding_value=torch.nan)
+    w = pad_sequence(list(weights), batch_first=True).masked_fill(v.isnan(), 0)
+    v, order = v.sort(dim=1)  # NaN last
+    w = w.gather(1, order)
+    own = _quantile(v, w, 1 - (1 - target) / 10)
+    pooled, order = torch.where(v < own, v, torch.inf).flatten().sort()
+    common = _quantile(pooled[None], w.flatten()[order][None], target)
+    return torch.minimum(common, own).squeeze(1)
+
+
+def _quantile(v: Tensor, w: Tensor, share: float) -> Tensor:
+    """Of rows of sorted numbers with weights the first below which there is the share, `(rows, 1)`."""
+    below = w.cumsum(1) - w
+    n_known = (w > 0).sum(1, keepdim=True)
+    at = torch.searchsorted(below, share * w.sum(1, keepdim=True))
+    return v.gather(1, torch.minimum(at, n_known - 1).clamp(min=0))
