@@ -130,6 +130,7 @@ def test_wrong_usage_ends_with_2(adapter, data, tmp_path, capsys):
         ((*calibrate, full), "exists and is no empty folder"),
         ((*calibrate, full / "kept.txt"), "exists and is no empty folder"),
         ((*calibrate, tmp_path / "new", "--target_sparsity", "1.5"), "`--target_sparsity` must be a share"),
+        ((*calibrate, tmp_path / "new", "--target_scope", "model"), "`--target_scope` must be one of"),
         ((*calibrate, tmp_path / "new", "--batch_size", "0"), "--batch_size"),
         (("calibrate", adapter, "--data", tmp_path / "no.txt", "--output", tmp_path / "new"), "does not exist"),
         (("calibrate", adapter, "--data", tmp_path / "data.csv", "--output", tmp_path / "new"), ".txt and .jsonl"),
@@ -193,16 +194,18 @@ def load_where_the_command_does(base_folder, adapter):
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder, device_map="auto"), adapter)
 
 
-def test_calibrate_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys, device):
+@pytest.mark.parametrize("scope", ["module", "adapter"])
+def test_calibrate_does_what_the_function_does(adapter, base_folder, data, tmp_path, capsys, device, scope):
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     arguments = ("--data", data, "--output", tmp_path / "new", "--target_sparsity", "0.8", "--batch_size", "5")
+    arguments += ("--target_scope", scope)
     assert status("calibrate", adapter, *arguments, "--max_batches", "2") == 0
     model = load_where_the_command_does(base_folder, adapter)
     assert model.device.type == device.type
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     batches = [dict(tokenizer(TEXTS[n : n + 5], padding=True, return_tensors="pt")) for n in (0, 5)]
     batches = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
-    expected = calibrate_thresholds(model, batches, 0.8)
+    expected = calibrate_thresholds(model, batches, 0.8, scope)
     assert thresholds_of(tmp_path / "new") == pytest.approx(expected, rel=1e-6)
     output = capsys.readouterr().out
     assert all(name in output for name in expected)

@@ -72,13 +72,30 @@ def test_the_loss_falls_and_everything_is_saved(finished):
     assert 0.1 < metrics["spikelora"]["sparsity"] < 1
     assert set(metrics["spikelora"]["sparsity_by_kind"]) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
     assert len(metrics["spikelora"]["sparsity_by_module"]) == 24
-    assert metrics["spikelora"]["trainable_parameters"] == metrics["lora"]["trainable_parameters"] + 2 * 24
+    of_a_rank = metrics["lora"]["trainable_parameters"] / metrics["lora"]["r"]
+    assert metrics["spikelora"]["trainable_parameters"] == 8 * of_a_rank + 2 * 24
+    # LoRA's rank is the one with as many operations, to half a rank.
+    by_rank = metrics["lora"]["operations"] / metrics["lora"]["r"]
+    assert metrics["lora"]["r"] == round(metrics["spikelora"]["operations"] / by_rank) < metrics["spikelora"]["r"] == 8
+    kinds = metrics["spikelora"]["sparsity_by_module"]
+    sizes = {"fc1": (192, 768), "fc2": (768, 192)}
+    ends = {name: sizes.get(name.rpartition(".")[2], (192, 192)) for name in kinds}
+    expected = sum(8 * (n_in + (1 - kinds[name]) * n_out) for name, (n_in, n_out) in ends.items())
+    assert metrics["spikelora"]["operations"] == pytest.approx(expected)
     names = {path.name for path in folder.iterdir()}
     written = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "sparsity.png", "sparsity.json"}
     assert written <= names
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-2
     assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
-    for shown in ("perplexity", "trainable parameters", "peak memory, MB", "out_proj", "the same logits to the bit"):
+    for shown in (
+        "recipe: paper",
+        "perplexity",
+        "trainable parameters",
+        "operations / token",
+        "peak memory, MB",
+        "out_proj",
+        "the same logits to the bit",
+    ):
         assert shown in output
 
 
@@ -277,6 +294,16 @@ def test_yaml_and_flags(script, tmp_path):
     assert script["adapter_config"](options, spiking=True).target_modules == {"q_proj", "0.fc1"}
 
 
+def test_a_recipe_fills_in_what_is_left_out(script):
+    def resolved(*flags):
+        options = script["parse_options"](list(flags))
+        return options.lora_r, options.lora_alpha, options.v_threshold, options.surrogate
+
+    assert resolved() == resolved("--recipe=paper") == (8, 16, 0.1, "atan")
+    assert resolved("--recipe=straight_through") == (16, 32, 0.25, "straight_through")
+    assert resolved("--recipe=straight_through", "--lora_r=4", "--v_threshold=0") == (4, 32, 0, "straight_through")
+
+
 def test_zero_in_yaml_is_zero(script, tmp_path):
     (tmp_path / "run.yaml").write_text("v_threshold: 0\nweight_decay: 0.0\nwarmup_ratio: 0\nlearn_tau: false\n")
     options = script["parse_options"]([str(tmp_path / "run.yaml")])
@@ -302,6 +329,8 @@ class TestBadInput:
             ("--v_threshold=nan", "v_threshold"),
             ("--v_threshold=inf", "v_threshold"),
             ("--tau=1", "tau"),
+            ("--recipe=best", "--recipe"),
+            ("--target_scope=model", "--target_scope"),
             ("--lora_r=0", "`r`"),
             ("--learning_rate=-1", "--learning_rate"),
             ("--learning_rate=inf", "--learning_rate"),

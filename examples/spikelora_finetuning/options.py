@@ -40,17 +40,23 @@ class Options:
     device_map: str = flag("auto", "where the base model goes, as transformers takes it")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = flag("float32", "of the base model")
     quantize: Literal["none", "8bit", "4bit"] = flag("none", "the base model's linear layers, by bitsandbytes")
-    lora_r: int = flag(8, "rank")
-    lora_alpha: int = flag(16, "numerator of LoRA's scaling")
+    recipe: Literal["paper", "straight_through"] = flag(
+        "paper",
+        "what the flags left out stand for: paper is --lora_r 8 --lora_alpha 16 --v_threshold 0.1 --surrogate atan; "
+        "straight_through is --lora_r 16 --lora_alpha 32 --v_threshold 0.25 --surrogate straight_through",
+    )
+    lora_r: int | None = flag(None, "rank")
+    lora_alpha: int | None = flag(None, "numerator of LoRA's scaling")
     lora_dropout: float = flag(0.0, "dropout on the adapter's input")
     lora_target_modules: str = flag("all-linear", "all-linear, comma-separated names, or a regular expression")
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r)")
-    v_threshold: float = flag(0.1, "firing threshold")
+    v_threshold: float | None = flag(None, "firing threshold")
     tau: float = flag(2.0, "membrane time constant, > 1")
-    surrogate: Literal["atan", "straight_through"] = flag("atan", "gradient of the gate: the paper's, or another")
+    surrogate: Literal["atan", "straight_through"] | None = flag(None, "gradient of the gate: the paper's, or another")
     target_sparsity: float | None = flag(
         None, "share of silent activations to hold during training, by the thresholds; v_threshold is where they begin"
     )
+    target_scope: Literal["module", "adapter"] = flag("module", "whose share target_sparsity is")
     learn_threshold: bool = flag(False, "train one threshold per module")
     learn_tau: bool = flag(False, "train one time constant per module")
     seed: int = flag(0, "of everything")
@@ -60,12 +66,20 @@ class Options:
     report_to: str = flag("none", "tensorboard, wandb, trackio, ... as transformers takes it")
     push_to_hub: bool = flag(False, "upload the finished run")
     hub_model_id: str | None = flag(None, "repository to upload to")
-    compare_lora: bool = flag(False, "train plain LoRA on the same rows, seed and budget, and show it beside")
+    compare_lora: bool = flag(
+        False, "train plain LoRA of as many operations on the same rows, seed and budget, and show it beside"
+    )
 
     @property
     def source(self) -> str:
         """Where the base model comes from."""
         return self.base_model or str(EMBEDDED_MODEL)
+
+
+_RECIPES = {
+    "paper": {"lora_r": 8, "lora_alpha": 16, "v_threshold": 0.1, "surrogate": "atan"},
+    "straight_through": {"lora_r": 16, "lora_alpha": 32, "v_threshold": 0.25, "surrogate": "straight_through"},
+}
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -81,6 +95,9 @@ def parse_options(arguments: list[str]) -> Options:
         lists = {name: ",".join(map(str, value)) for name, value in given.items() if isinstance(value, list)}
         arguments = [f"--{name}={value}" for name, value in (given | lists).items()] + arguments[1:]
     options = Options(**vars(parser.parse_args(arguments)))
+    for name, value in _RECIPES[options.recipe].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.learning_rate is None:
         options.learning_rate = 3e-4 if options.base_model else 1e-2
     positive = ("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "cutoff_len")

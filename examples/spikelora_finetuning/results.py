@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from options import Options
-from spikelora import SparsityMeter, SpikeLoraConfig
+from spikelora import Ledger, SparsityMeter, SpikeLoraConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -99,8 +99,13 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def lora_rank(ledger: Ledger, r: int) -> int:
+    """The rank at which LoRA needs the multiply-accumulates that the spiking adapter needs where silence is skipped."""
+    return max(1, round(r * ledger.effective.macs / ledger.lora_unmerged.macs))
+
+
 def show(metrics: dict) -> None:
-    table = Table(title="Held-out text")
+    table = Table(title=f"Held-out text; recipe: {metrics['recipe']}")
     methods = [name for name in ("spikelora", "lora") if name in metrics]
     for heading in ("", "before", *({"spikelora": "SpikeLoRA", "lora": "LoRA"}[name] for name in methods)):
         table.add_column(heading, justify="right" if heading else "left")
@@ -115,7 +120,9 @@ def show(metrics: dict) -> None:
 
     row("loss", "loss", ".4f", before=True)
     row("perplexity", "perplexity", ".2f", before=True)
+    row("rank", "r", "d")
     row("trainable parameters", "trainable_parameters", ",d")
+    row("operations / token", "operations", ",.0f")
     row("training tokens / s", "tokens_per_second", ",.0f")
     row("peak memory, MB", "peak_memory_mb", ",.0f")
     row("sparsity", "sparsity", ".1%", before=True)

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -33,9 +33,9 @@ from transformers import (
 )
 
 from options import Options, parse_options, targets
-from results import measure, peak_memory, plot_sparsity, show, warn_of_silence
+from results import lora_rank, measure, peak_memory, plot_sparsity, show, warn_of_silence
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder
-from spikelora import SparsityCallback, SparsityControlCallback, SpikeLoraConfig, SpikeLoraError
+from spikelora import SparsityCallback, SparsityControlCallback, SpikeLoraConfig, SpikeLoraError, operations
 from texts import load_rows, load_tokenizer, split, tokenize
 
 
@@ -62,6 +62,7 @@ def adapter_config(options: Options, spiking: bool) -> LoraConfig:
         tau=options.tau,
         surrogate=options.surrogate,
         target_sparsity=options.target_sparsity,
+        target_scope=options.target_scope,
         learn_threshold=options.learn_threshold,
         learn_tau=options.learn_tau,
         **shared,
@@ -174,7 +175,8 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     after = measure(model, val_rows, collator, options, "held-out text, after")
     if not math.isfinite(after["loss"]):
         sys.exit("the held-out loss is no number any more: training diverged. Lower --learning_rate")
-    return trainer, before, after | trained | {"trainable_parameters": model.get_nb_trainable_parameters()[0]}
+    adapter = {"r": options.lora_r, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
+    return trainer, before, after | trained | adapter
 
 
 def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path) -> str:
@@ -243,10 +245,13 @@ def main() -> None:
     generation = save(trainer, tokenizer, val_rows[0], options, folder)
     before.pop("report")
     report = after.pop("report")
-    metrics = {"before": before, "spikelora": after, "reloaded_logits_identical": True}
+    ledger = operations(trainer.model, report)
+    after["operations"] = ledger.effective.macs
+    metrics = {"recipe": options.recipe, "before": before, "spikelora": after, "reloaded_logits_identical": True}
     if options.compare_lora:
-        lora_folder = folder / "lora"
-        lora = run(options, tokenizer, train_rows, val_rows, False, lora_folder, last_checkpoint(lora_folder))[2]
+        lora_folder, smaller = folder / "lora", replace(options, lora_r=lora_rank(ledger, options.lora_r))
+        lora = run(smaller, tokenizer, train_rows, val_rows, False, lora_folder, last_checkpoint(lora_folder))[2]
+        lora["operations"] = ledger.lora_unmerged.macs * smaller.lora_r / options.lora_r
         if not torch.cuda.is_available():
             lora.pop("peak_memory_mb", None)  # of the process, whose peak the first run may have set
         metrics["lora"] = lora

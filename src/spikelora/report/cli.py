@@ -99,23 +99,27 @@ def calibrate(
     target_sparsity: Annotated[
         float, typer.Option("--target_sparsity", help="Share of silent activations, between 0 and 1.")
     ] = 0.9,
+    target_scope: Annotated[
+        str, typer.Option("--target_scope", help='Whose share it is: of each "module", or of the "adapter" as a whole.')
+    ] = "module",
     text_field: _TextField = "text",
     batch_size: _BatchSize = 8,
     cutoff_len: _CutoffLen = 256,
     max_batches: _MaxBatches = None,
 ) -> None:
-    """Set each module's threshold so that a target share of its activations is silent on a text."""
-    from spikelora.peft.config import check_target
+    """Set the thresholds so that a target share of the activations is silent on a text."""
+    from spikelora.peft.config import check_scope, check_target
     from spikelora.report.tables import numbers_table
     from spikelora.sparsity.calibration import calibrate_thresholds
 
     try:
         check_target("--target_sparsity", target_sparsity)
+        check_scope("--target_scope", target_scope)
     except SpikeLoraError as error:
         raise typer.BadParameter(str(error)) from error
     with _new_folder(output) as partial:
         model, batches = _load(adapter, base_model, data, text_field, batch_size, cutoff_len, max_batches)
-        calibration = calibrate_thresholds(model, batches, target_sparsity)
+        calibration = calibrate_thresholds(model, batches, target_sparsity, target_scope)
         model.save_pretrained(partial)
     console = _console()
     title = f"Thresholds for a sparsity of {target_sparsity:g}"
