@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from .paired import summary
+from .paired import Difference, summary
 from .store import Store
 from .study import Cell, Study
-from .tables import Lines, beside, figure, modules_of, of_cell
+from .tables import Lines, beside, difference_to, figure, modules_of, of_cell, title_of
 from .tasks import TASKS
 
 _PANELS_IN_A_ROW = 6
@@ -173,4 +173,32 @@ def _history(study: Study, lines: Lines) -> Figure | None:
     return made
 
 
-_PICTURES = {"sweep": _sweep, "modules": _modules, "gradients": _gradients, "history": _history}
+def _frontier(study: Study, lines: Lines) -> Figure | None:
+    """What is lost to LoRA against the sparsity: a line for the cells that differ by threshold or target alone."""
+    name = study.compared(study.cells[0])
+    made = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = made.subplots()
+    panel.axhline(0, color="0.3", linewidth=1, label="lora")
+    recipes: dict[str, list[tuple[float, Difference]]] = {}
+    for cell in study.cells:
+        lost = difference_to(cell, study, lines, "lora")
+        sparsity = _stats(cell, lines, "sparsity", study.part)
+        if lost and not math.isnan(sparsity.mean):
+            label = re.sub(r" (v_threshold|target_sparsity)=\S+", "", cell.label)
+            recipes.setdefault(label, []).append((sparsity.mean, lost))
+        elif lost:
+            panel.axhline(lost.mean, color="0.6", linewidth=1, linestyle="--", label=cell.label)
+    if not recipes:
+        return None
+    for label, points in recipes.items():
+        xs, lost = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        spread = [0 if math.isnan(d.low) else d.mean - d.low for d in lost]
+        panel.errorbar(xs, [d.mean for d in lost], spread, marker="o", markersize=4, capsize=2, label=label)
+    panel.set(xlabel="share of silent activations", ylabel=f"{title_of(name, study.part)}, difference to LoRA")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
+    made.suptitle(f"{study.title}: means and 95 % intervals of differences paired by seed", fontsize=10)
+    return made
+
+
+_PICTURES = {"sweep": _sweep, "modules": _modules, "gradients": _gradients, "history": _history, "frontier": _frontier}

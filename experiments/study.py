@@ -132,7 +132,7 @@ class Study:
 
 _TEXTS = ("title", "question", "finding", "compare")
 _KEYS = {*_TEXTS, "part", "show", "order", "model", "task", "seeds", "settings", "grid", "methods"}
-_SHOWN = ("sweep", "modules", "gradients", "history")
+_SHOWN = ("sweep", "modules", "gradients", "history", "frontier")
 _TYPES = {f.name: f.type for f in fields(Run)}
 _OWN = {"v_threshold", "tau", "target_sparsity", "target_scope", "target_warmup", "learn_threshold", "surrogate"}
 _OWN |= {"surrogate_alpha", "rate", "position"}

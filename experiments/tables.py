@@ -1,7 +1,7 @@
 """Tables in markdown, made from the lines of results alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,26 @@ def markdown(study: Study, store: Store) -> str:
     parts = []
     if pending:
         parts.append(f"*Incomplete: {pending} of {len(study.runs)} runs are pending.*")
-    parts.append(_table(*_compared(study, lines, failed, is_complete=not pending)))
-    parts += [_table(*made) for name in study.show if (made := _MORE.get(name, lambda *_: None)(study, lines))]
+    compared = _compared(study, lines, failed, is_complete=not pending)
+    parts.append(_table(*_columns(*compared, lambda name: name not in _FOLDED)))
     parts += _remarks(study, lines, failed)
-    parts.append(_spent(list(lines.values())))
+    n_point = len(study.cells[0].point)
+    folded = [_columns(*compared, lambda name: name in _FOLDED or name in compared[0][: n_point + 1])]
+    folded += [made for name in study.show if (made := _MORE.get(name, lambda *_: None)(study, lines))]
+    parts += ["<details><summary>More figures</summary>", *(_table(*made) for made in folded)]
+    parts += [_spent(list(lines.values())), "</details>"]
     return "\n\n".join(parts) + "\n"
+
+
+# What a reader who wants the answer passes over: it stands folded below the table.
+_FOLDED = {"p", "p of that", "gap", "at threshold 0", "silent tokens", "dead before, after", "CPU min", "min"}
+
+
+def _columns(
+    head: list[str], body: list[list[str]], is_kept: Callable[[str], bool]
+) -> tuple[list[str], list[list[str]]]:
+    kept = [n for n, name in enumerate(head) if is_kept(name)]
+    return [head[n] for n in kept], [[row[n] for n in kept] for row in body]
 
 
 def of_cell(cell: Cell, lines: Lines) -> dict[int, dict[str, Any]]:
@@ -76,17 +91,17 @@ def _compared(
     on_cpu = all("CPU" in line["where"]["device"] for line in lines.values())
     head = [*(name for name, _ in study.cells[0].point), "method", "seeds"]
     head += [
-        _title(firsts[0], study.part) if len(firsts) == 1 else "metric",
+        title_of(firsts[0], study.part) if len(firsts) == 1 else "metric",
         "difference to LoRA",
         "p",
         "against",
         "difference",
-        "p",
+        "p of that",
     ]
-    head += [*(_title(name, study.part) for name in others), "gap", "sparsity", "operations"]
+    head += [*(title_of(name, study.part) for name in others), "gap", "sparsity", "operations"]
     head += ["at threshold 0", "silent tokens", "dead before, after"]
     head.append("CPU min" if on_cpu else "min")
-    pairs = [_difference(cell, study, lines, label) for cell in study.cells for label in ("lora", cell.against)]
+    pairs = [difference_to(cell, study, lines, label) for cell in study.cells for label in ("lora", cell.against)]
     corrected = holm([pair.p if pair else math.nan for pair in pairs])
     # What is left of seeds some of which failed is a selection, and no sample.
     whole = [
@@ -124,12 +139,12 @@ def _compared(
     return head, body
 
 
-def _title(figure: str, part: str) -> str:
+def title_of(figure: str, part: str) -> str:
     where = "test " if part == "test" else "held-out " if figure == "loss" else ""
     return where + figure
 
 
-def _difference(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
+def difference_to(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
     """Of a cell to another at the same point of the grid, over the seeds whose runs have the same circumstances."""
     other = beside(cell, study, label)
     if other is None:
