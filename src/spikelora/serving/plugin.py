@@ -1,0 +1,58 @@
+"""What vLLM finds under the entry points `vllm.general_plugins`, in each of its processes."""
+
+import functools
+import logging
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, requires
+from typing import Any
+
+from packaging.requirements import Requirement
+
+_log = logging.getLogger("vllm.spikelora")  # below vLLM's own, so that it is shown as vLLM shows its lines
+
+
+def register() -> None:
+    """Have the gate put into vLLM's LoRA where a process sets LoRA up; calling it again does no harm.
+
+    With a vLLM of a version that was not tested it does nothing but warn: vLLM then refuses the tensors of a gate.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    tested = _tested_versions()
+    if not tested.specifier.contains(vllm.__version__, prereleases=True):
+        _log.warning(
+            "spikelora serves spiking adapters with %s and leaves vLLM %s as it is, which refuses them: "
+            "install one of those versions, or upgrade spikelora.",
+            tested,
+            vllm.__version__,
+        )
+        return
+    platform = type(current_platform)
+    function = platform.get_punica_wrapper.__func__
+    if function.__globals__["__name__"] != __name__:
+        platform.get_punica_wrapper = classmethod(_changing_first(function))
+
+
+def _changing_first(get_punica_wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's own, which is asked where a worker makes its LoRA layers.
+
+    Before, nothing of vLLM's layers is imported: its other processes need none, and do well not to touch a GPU.
+    """
+
+    @functools.wraps(get_punica_wrapper)
+    def changing_first(cls: Any) -> str:
+        from spikelora.serving.changes import change_vllm
+
+        change_vllm()
+        return get_punica_wrapper(cls)
+
+    return changing_first
+
+
+def _tested_versions() -> Requirement:
+    try:
+        found = [Requirement(line) for line in requires("spikelora") or []]
+    except PackageNotFoundError:  # vLLM found the entry point, so that this is an installation half removed
+        found = []
+    return next((requirement for requirement in found if requirement.name == "vllm"), Requirement("vllm<0"))
