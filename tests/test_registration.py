@@ -18,6 +18,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.trainer_callback import CallbackHandler
@@ -251,6 +252,7 @@ print("peft" in sys.modules)
         (CallbackHandler, "on_init_end"),
         (PeftAdapterMixin, "load_adapter"),
         (peft.utils.hotswap, "hotswap_adapter_from_state_dict"),
+        (BaseTuner, "_remap_adapter_state_dict_for_load"),
         (peft.PeftModel, "create_or_update_model_card"),
         (peft.PeftModel, "_upload_modified_files"),
     ],
@@ -261,7 +263,7 @@ def test_what_is_wrapped_is_wrapped_once(owner, name):
     assert not hasattr(getattr(owner, name).__wrapped__, "__wrapped__")
 
 
-CHANGED = (PeftConfig, PeftModel, hotswap, PeftAdapterMixin, CallbackHandler, fsdp_utils)
+CHANGED = (PeftConfig, PeftModel, BaseTuner, hotswap, PeftAdapterMixin, CallbackHandler, fsdp_utils)
 
 
 def test_the_table_of_what_is_changed_in_other_packages():
@@ -277,7 +279,14 @@ def test_the_table_of_what_is_changed_in_other_packages():
     added = {"peft.PeftType.SPIKELORA", "peft.SpikeLoraConfig", "peft.SpikeLoraModel"}
     added |= {"peft.utils.hotswap.CONFIG_KEYS_TO_CHECK"}
     once_imported = {"trl.trainer.callbacks.SyncRefModelCallback._sync_target_model"}
-    assert listed == ours | added | once_imported
+    in_vllm = {  # tests/serving/test_gate.py
+        "vllm.platforms.current_platform.get_punica_wrapper",
+        "vllm.lora.layers.BaseLayerWithLoRA.set_mapping",
+        "vllm.lora.lora_model.LoRAModel.from_local_checkpoint",
+        "vllm.lora.worker_manager.WorkerLoRAManager._load_adapter",
+        "vllm.lora.model_manager.LoRAModelManager.activate_adapter",
+    }
+    assert listed == ours | added | once_imported | in_vllm
 
 
 def place(owner):

@@ -21,8 +21,10 @@ from spikelora.method.gate import SpikeGate
 from spikelora.peft.adapter_files import check_tensors
 from spikelora.peft.config import SpikeLoraConfig
 
+_REMEDY = "Load it on the base model that it was made for, or copy the adapter again."
 _OTHER_BASE = (
-    "it was trained on another base model, or with other `target_modules` than its adapter_config.json has now."
+    "it was trained on another base model, or with other `target_modules` than its adapter_config.json has now. "
+    f"{_REMEDY}"
 )
 _PREFIX = "base_model.model."
 
@@ -54,7 +56,7 @@ def _has_gates(model: nn.Module) -> bool:
     return any(isinstance(module, SpikeGate) for module in model.modules())
 
 
-def _tensors_of(adapter_name: str) -> re.Pattern:
+def _tensors_of(adapter_name: str) -> re.Pattern[str]:
     """Finds the names of an adapter's tensors in a model; modules may have the adapter's name, too."""
     return re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(\.|$)")
 
@@ -91,43 +93,57 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
             raise SpikeLoraError(
                 f"`{key}` has the shape {tuple(tensor.shape)} in the adapter's file and {tuple(state[key].shape)} in "
                 "the model: the adapter was trained on another base model, or `r` or `rank_pattern` in its "
-                "adapter_config.json was changed."
+                f"adapter_config.json was changed. {_REMEDY}"
             )
 
 
-def _refuse_lost_gates(unexpected: Iterable[str]) -> None:
-    """Raise a `SpikeLoraError` where the gates of a file found no place, as of one of the hub that says LORA."""
-    if any(".lora_gate." in key for key in unexpected):
+def _refuse_lost_gates(tensors: Iterable[str]) -> None:
+    """Raise a `SpikeLoraError` where tensors for another method have gates, as of a file of the hub that says LORA."""
+    if any(".lora_gate." in key for key in tensors):
         raise SpikeLoraError(
-            "The adapter's weights have gates, and its adapter_config.json is of another method: it would run without "
-            "its gates. Copy or save the adapter again."
+            "The adapter's weights have gates, and PEFT loads them as of another method: it would run without its "
+            "gates. Copy or save it again, or where a program takes LoRA alone, as `load_lora_adapter` of diffusers, "
+            "use `add_adapter` with its SpikeLoraConfig, then `peft.set_peft_model_state_dict`."
         )
 
 
-def guard_peft_loading(from_pretrained: Callable) -> Callable:
+def guard_peft_loading(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     """`PeftModel.from_pretrained`, as a function of the class."""
 
     @functools.wraps(from_pretrained)
-    def guarded(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def guarded(cls: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with as_it_was(model):
             return from_pretrained(cls, model, *args, **kwargs)
 
     return guarded
 
 
-def guard_load_adapter(load_adapter: Callable) -> Callable:
+def guard_remapping(remap: Callable[..., Any]) -> Callable[..., Any]:
+    """`BaseTuner._remap_adapter_state_dict_for_load`, as a function of the class: all of PEFT's methods load by it.
+
+    PEFT reports tensors that have found no place, and diffusers logs them as a warning.
+    """
+
+    @functools.wraps(remap)
+    def guarded(cls: type[Any], model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]) -> Any:
+        if not isinstance(config, SpikeLoraConfig):
+            _refuse_lost_gates(state_dict)
+        return remap(cls, model, config, adapter_name, state_dict)
+
+    return guarded
+
+
+def guard_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     """`PeftModel.load_adapter`; for an adapter that is there already, PEFT reads the weights alone."""
 
     @functools.wraps(load_adapter)
-    def guarded(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config = self.peft_config.get(adapter_name)
         if isinstance(config, SpikeLoraConfig):
             config.check_folder(model_id, needed=True, **self._split_kwargs(dict(kwargs))[0])
         with as_it_was(self):
             try:
-                result = load_adapter(self, model_id, adapter_name, *args, **kwargs)
-                _refuse_lost_gates(result.unexpected_keys)
-                return result
+                return load_adapter(self, model_id, adapter_name, *args, **kwargs)
             except KeyError as error:  # of a module that is trained as a whole
                 config = self.peft_config.get(adapter_name)
                 if not (isinstance(config, SpikeLoraConfig) and config.modules_to_save):
@@ -137,12 +153,12 @@ def guard_load_adapter(load_adapter: Callable) -> Callable:
     return guarded
 
 
-def guard_transformers_loading(load_adapter: Callable) -> Callable:
+def guard_transformers_loading(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
     """`load_adapter` of transformers' models, which reads the file past PEFT and only logs what is amiss."""
     signature = inspect.signature(load_adapter)
 
     @functools.wraps(load_adapter)
-    def guarded(self, *args: Any, **kwargs: Any) -> Any:
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         tensors = given.get("adapter_state_dict")
         if isinstance(given.get("peft_config"), SpikeLoraConfig) and tensors is not None:
@@ -154,8 +170,8 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
                 if "Hotswapping is currently only supported" not in str(error) or not _has_gates(self):
                     raise
                 raise SpikeLoraError(
-                    "transformers swaps adapters of LoRA only: call `delete_adapter` and then `load_adapter`, or hold "
-                    "the model in a `PeftModel` and swap with `peft.utils.hotswap.hotswap_adapter`."
+                    "transformers swaps adapters of LoRA only. Call `delete_adapter` and then `load_adapter`, or "
+                    "hold the model in a `PeftModel` and swap with `peft.utils.hotswap.hotswap_adapter`."
                 ) from error
             except RuntimeError as error:
                 if "ignore_mismatched_sizes" not in str(error):
@@ -178,7 +194,7 @@ def guard_transformers_loading(load_adapter: Callable) -> Callable:
     return guarded
 
 
-def guard_hotswap(swap: Callable) -> Callable:
+def guard_hotswap(swap: Callable[..., Any]) -> Callable[..., Any]:
     """PEFT's `hotswap_adapter_from_state_dict`, which sets to 0 what is missing: right for A and B, but for no tau.
 
     It also looks for the keys of `rank_pattern` and `alpha_pattern` in names that they never match, for the layer of an
@@ -186,17 +202,19 @@ def guard_hotswap(swap: Callable) -> Callable:
     """
 
     @functools.wraps(swap)
-    def guarded(model: nn.Module, state_dict: dict, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+    def guarded(
+        model: nn.Module, state_dict: dict[str, Any], adapter_name: str, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
         kept: dict[Tensor, Tensor] = {}
         if isinstance(config, SpikeLoraConfig):
             if config.rank_pattern or config.alpha_pattern:
                 raise SpikeLoraError(
-                    "PEFT's hot-swapping would scale this adapter as if it had no `rank_pattern` and `alpha_pattern`: "
-                    "load it beside the other with `load_adapter`, and choose it with `set_adapter`."
+                    "PEFT's hot-swapping would scale this adapter as if it had no `rank_pattern` and "
+                    "`alpha_pattern`. Load it beside the other with `load_adapter`, and choose it with `set_adapter`."
                 )
             if any(".lora_embedding_" in key for key in state_dict):
                 raise SpikeLoraError(
-                    "PEFT's hot-swapping does not find the layers of embeddings: load this adapter beside the other "
+                    "PEFT's hot-swapping does not find the layers of embeddings. Load this adapter beside the other "
                     "with `load_adapter`, and choose it with `set_adapter`."
                 )
             own = _tensors_of(adapter_name)

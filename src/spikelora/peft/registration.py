@@ -3,6 +3,7 @@
 import functools
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -45,6 +47,8 @@ def register() -> None:
     PeftConfig.from_pretrained = classmethod(_from_pretrained)
     PeftConfig.from_json_file = classmethod(_from_json_file)
     PeftModel.from_pretrained = classmethod(loading.guard_peft_loading(original(PeftModel.from_pretrained.__func__)))
+    remap = original(BaseTuner._remap_adapter_state_dict_for_load.__func__)
+    BaseTuner._remap_adapter_state_dict_for_load = classmethod(loading.guard_remapping(remap))
     for owner, name, wrap in _WRAPPED:
         setattr(owner, name, wrap(original(getattr(owner, name))))
 
@@ -63,13 +67,13 @@ def _add_member() -> None:
         PeftType._hashable_values_.append(_NAME)
 
 
-def original(function):
+def original(function: Any) -> Any:
     """What was there before an earlier registration wrapped it, with the wrappers of others."""
     is_ours = function.__globals__["__name__"].partition(".")[0] == "spikelora"
     return function.__wrapped__ if is_ours else function
 
 
-def _from_json_file(cls, path_json_file, **kwargs):
+def _from_json_file(cls: Any, /, path_json_file: Any, **kwargs: Any) -> Any:
     """PEFT's own, through which all its loaders read an adapter_config.json, before they do anything else."""
     file = Path(path_json_file)
     try:
@@ -77,13 +81,15 @@ def _from_json_file(cls, path_json_file, **kwargs):
     except (JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
         # Whose it is, it does not say any more.
         raise SpikeLoraError(
-            f"{file} is damaged ({type(error).__name__}: {error}); copy or save the adapter again."
+            f"{file} is damaged ({type(error).__name__}: {error}). Copy or save the adapter again."
         ) from error
     check_config_file(file, attributes, _NAME if issubclass(cls, SpikeLoraConfig) else None)
     return with_known_surrogate(file, attributes)
 
 
-def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+def _from_pretrained(
+    cls: Any, /, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+) -> Any:
     """PEFT's own, which transformers calls on `PeftConfig`; a spiking adapter's folder is checked there as well."""
     config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
     if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
@@ -91,7 +97,7 @@ def _from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwarg
     return config
 
 
-def _with_neurons(print_trainable_parameters):
+def _with_neurons(print_trainable_parameters: Callable[..., Any]) -> Callable[..., Any]:
     """PEFT's line and, for each spiking adapter, one with the ranks, thresholds and time constants of its modules."""
 
     @functools.wraps(print_trainable_parameters)
@@ -113,29 +119,29 @@ def _with_neurons(print_trainable_parameters):
     return with_neurons
 
 
-def _with_instructions(create_or_update_model_card):
+def _with_instructions(create_or_update_model_card: Callable[..., Any]) -> Callable[..., Any]:
     """PEFT's card and, for a spiking adapter, what to install and import before it is loaded."""
 
     @functools.wraps(create_or_update_model_card)
-    def with_instructions(self: PeftModel, output_dir: str | os.PathLike) -> None:
+    def with_instructions(self: PeftModel, output_dir: str | os.PathLike[str]) -> None:
         create_or_update_model_card(self, output_dir)
         _say_how_to_load(self, output_dir)
 
     return with_instructions
 
 
-def _with_instructed_card(upload_modified_files):
+def _with_instructed_card(upload_modified_files: Callable[..., Any]) -> Callable[..., Any]:
     """The upload of `push_to_hub`, which has written a card of its own over the one of PEFT."""
 
     @functools.wraps(upload_modified_files)
-    def with_instructed_card(self: PeftModel, working_dir: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def with_instructed_card(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         _say_how_to_load(self, working_dir)
         return upload_modified_files(self, working_dir, *args, **kwargs)
 
     return with_instructed_card
 
 
-def _say_how_to_load(model: PeftModel, folder: str | os.PathLike) -> None:
+def _say_how_to_load(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     if any(isinstance(config, SpikeLoraConfig) for config in model.peft_config.values()):
         say_how_to_load(Path(folder))
 
