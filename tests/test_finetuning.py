@@ -46,6 +46,12 @@ def run(*flags: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command(*flags), capture_output=True, text=True, env=environment, **options)
 
 
+def run_here(script: dict, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    """The same in this process, which has imported everything."""
+    monkeypatch.setattr(sys, "argv", ["spikelora_finetuning.py", *flags])
+    script["main"]()
+
+
 @pytest.fixture(scope="module")
 def script() -> dict:
     """What the script and the files beside it define, by name."""
@@ -133,7 +139,7 @@ def test_the_figures_are_those_of_the_saved_adapter(script, finished):
     assert silent / entries == pytest.approx(metrics["spikelora"]["sparsity"], abs=1e-4)
 
 
-def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_end(script, finished, monkeypatch, tmp_path):
     flags = [*SMALL, f"--output_dir={tmp_path}", "--learn_threshold", "--learn_tau"]
     with subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -144,9 +150,8 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "adapter_config.json").exists()
 
-    again = run(*flags)
-    assert again.returncode == 1
-    assert "--resume_from_checkpoint" in again.stderr
+    with pytest.raises(SystemExit, match="--resume_from_checkpoint"):
+        run_here(script, monkeypatch, *flags)
 
     resumed = run(*flags, "--resume_from_checkpoint")
     assert resumed.returncode == 0, resumed.stderr
@@ -158,14 +163,12 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path):
     counted, all_tokens = (run["tokens_per_second"] * run["training_seconds"] for run in (actual, expected))
     assert counted < 0.8 * all_tokens  # those of the first run are not counted again
 
-    other = run(*flags, "--resume_from_checkpoint", "--v_threshold=0.3")
-    assert "was trained with v_threshold 0.1, not 0.3" in other.stderr
-    ended = run(*flags, "--resume_from_checkpoint")
-    assert ended.returncode == 0, ended.stderr
+    with pytest.raises(SystemExit, match=r"was trained with v_threshold 0\.1, not 0\.3"):
+        run_here(script, monkeypatch, *flags, "--resume_from_checkpoint", "--v_threshold=0.3")
+    run_here(script, monkeypatch, *flags, "--resume_from_checkpoint")
     again = json.loads((tmp_path / "metrics.json").read_text())["spikelora"]
     assert (again["steps"], again["loss"]) == (actual["steps"], actual["loss"])
-    longer = run(*flags, "--resume_from_checkpoint", "--max_steps=26")
-    assert longer.returncode == 0, longer.stderr
+    run_here(script, monkeypatch, *flags, "--resume_from_checkpoint", "--max_steps=26")
     assert json.loads((tmp_path / "metrics.json").read_text())["spikelora"]["steps"] == 26
 
 
@@ -271,8 +274,7 @@ def test_a_push_uploads_the_finished_run_alone(script, finished, monkeypatch, tm
     monkeypatch.setattr(hub, "create_repo", lambda name, **_: calls.setdefault("repository", hub.RepoUrl(f"me/{name}")))
     monkeypatch.setattr(hub, "upload_folder", lambda **options: calls.update(options))
     flags = [*SMALL, "--max_steps=2", "--val_set_size=4", "--push_to_hub", f"--output_dir={tmp_path / 'mine'}"]
-    monkeypatch.setattr(sys, "argv", ["spikelora_finetuning.py", *flags])
-    script["main"]()
+    run_here(script, monkeypatch, *flags)
     assert calls["repo_id"] == "me/mine"
     assert calls["folder_path"] == tmp_path / "mine"
     assert (
@@ -297,11 +299,13 @@ def test_yaml_and_flags(script, tmp_path):
 def test_a_recipe_fills_in_what_is_left_out(script):
     def resolved(*flags):
         options = script["parse_options"](list(flags))
-        return options.lora_r, options.lora_alpha, options.v_threshold, options.surrogate
+        target = options.target_sparsity, options.target_scope
+        return options.lora_r, options.lora_alpha, options.surrogate, *target
 
-    assert resolved() == resolved("--recipe=paper") == (8, 16, 0.1, "atan")
-    assert resolved("--recipe=straight_through") == (16, 32, 0.25, "straight_through")
-    assert resolved("--recipe=straight_through", "--lora_r=4", "--v_threshold=0") == (4, 32, 0, "straight_through")
+    assert resolved() == resolved("--recipe=paper") == (8, 16, "atan", None, "module")
+    assert resolved("--recipe=straight_through") == (16, 32, "straight_through", 0.89, "adapter")
+    given = ("--lora_r=4", "--target_sparsity=0.5", "--target_scope=module")
+    assert resolved("--recipe=straight_through", *given) == (4, 32, "straight_through", 0.5, "module")
 
 
 def test_zero_in_yaml_is_zero(script, tmp_path):
@@ -313,9 +317,8 @@ def test_zero_in_yaml_is_zero(script, tmp_path):
 class TestBadInput:
     def refused(self, script, monkeypatch, capsys, *flags: str) -> str:
         """The message with which the script ends, before it has loaded a model."""
-        monkeypatch.setattr(sys, "argv", ["spikelora_finetuning.py", *flags])
         with pytest.raises((SystemExit, script["SpikeLoraError"])) as raised:
-            script["main"]()
+            run_here(script, monkeypatch, *flags)
         return str(raised.value) + capsys.readouterr().err
 
     def test_a_quantised_base_without_the_library(self, script, monkeypatch, capsys, tmp_path):

@@ -191,7 +191,7 @@ def test_an_adapter_of_another_name_is_in_a_folder_of_its_own(run_folder):
     assert read_run(run_folder / "checkpoint-20").adapter.folder == run_folder / "checkpoint-20" / "mine"
     assert read_run(run_folder).adapter.folder == run_folder / "mine"
     shutil.copytree(run_folder / "mine", run_folder / "other")
-    with pytest.raises(SpikeLoraError, match=r"holds several adapters: give the folder of one, such as .*mine\."):
+    with pytest.raises(SpikeLoraError, match=r"holds several adapters\. Give the folder of one, such as .*mine\."):
         read_run(run_folder)
     shutil.rmtree(run_folder / "mine")
     shutil.rmtree(run_folder / "other")

@@ -20,8 +20,9 @@ from spikelora.conversion.moments import Moments, exact, lost_share
 from spikelora.conversion.pruning import tied
 from spikelora.errors import SpikeLoraError
 from spikelora.method.layers import SpikingLayer, is_grouped, make_plain, make_spiking
-from spikelora.peft.config import SpikeLoraConfig, check_target
+from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.read_not_called import check_called
+from spikelora.peft.targets import check_target
 from spikelora.peft.tuner import SpikeLoraModel, check_supported
 from spikelora.sparsity.batches import repeatable, run, warn_of_unreached
 from spikelora.sparsity.calibration import Calibration, calibrate_thresholds
@@ -90,7 +91,7 @@ class LoraApproximation:
     tensors: dict[str, Tensor]
     errors: dict[str, float]
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as PEFT does, for `PeftModel.from_pretrained(base, folder).merge_and_unload()`.
 
         The configuration goes first and comes last: without it nothing loads, should the writing be interrupted.
@@ -123,12 +124,12 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
     """
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, SpikeLoraModel):
         raise SpikeLoraError(
-            f"This {type(model).__name__} has no spiking adapter as PEFT makes it: give the model of "
+            f"This {type(model).__name__} has no spiking adapter as PEFT makes it. Give the model of "
             "`get_peft_model(model, SpikeLoraConfig(...))` or `PeftModel.from_pretrained`."
         )
     if len(model.active_adapters) != 1:
         raise SpikeLoraError(
-            f"{len(model.active_adapters)} adapters are active, and one is turned into LoRA at a time: choose it by "
+            f"{len(model.active_adapters)} adapters are active, and one is turned into LoRA at a time. Choose it by "
             "`set_adapter`."
         )
     (adapter,) = model.active_adapters
@@ -174,8 +175,8 @@ def _second_moments(model: nn.Module, batches: Iterable[Mapping[str, Any]], titl
     for gated, moments in sums.items():
         if not moments.aa.isfinite().all():
             raise SpikeLoraError(
-                f"The activations of `{gated.module}` are not finite on these batches: look for NaN or infinity in the "
-                "model's inputs and weights."
+                f"The activations of `{gated.module}` are not finite on these batches. Look for NaN or infinity in "
+                "the model's inputs and weights."
             )
     return sums
 
@@ -184,13 +185,13 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
     """Name, spiking configuration and layers of the one LoRA adapter of a model, if it can be made to spike."""
     if not isinstance(model, PeftModel) or type(model.base_model) is not LoraModel:
         raise SpikeLoraError(
-            f"This {type(model).__name__} has no LoRA adapter as PEFT makes it: give the model of "
+            f"This {type(model).__name__} has no LoRA adapter as PEFT makes it. Give the model of "
             "`get_peft_model(model, LoraConfig(...))` or `PeftModel.from_pretrained`."
         )
     if len(model.peft_config) != 1:
         raise SpikeLoraError(
-            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and one can be made to spike: take "
-            "the others off by `delete_adapter`, or load the one alone."
+            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and one alone can be made to "
+            "spike. Take the others off by `delete_adapter`, or load that one by itself."
         )
     ((adapter, plain),) = model.peft_config.items()
     values = {f.name: copy.copy(getattr(plain, f.name)) for f in fields(LoraConfig) if f.init}
@@ -205,7 +206,7 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
             check_called(base.get_submodule(name.rpartition(".")[0]), name)
             _refuse_groups(name, layer)
             if layer.merged:
-                raise SpikeLoraError(f"The adapter is merged into `{name}`: call `unmerge_adapter` before.")
+                raise SpikeLoraError(f"The adapter is merged into `{name}`. Call `unmerge_adapter` first.")
             layers[name] = layer
     return adapter, config, layers
 
@@ -274,8 +275,8 @@ def _B(gated: Gated) -> tuple[nn.Parameter, Tensor]:
 def _refuse_groups(name: str, layer: Any) -> None:
     if is_grouped(layer):
         raise SpikeLoraError(
-            f"`{name}` is a convolution with groups, whose B is in blocks, and cannot be turned from LoRA to SpikeLoRA "
-            "or back: leave it out through `target_modules` or `exclude_modules` when the adapter is trained."
+            f"`{name}` is a convolution with groups, whose B is in blocks: it cannot be turned from LoRA to SpikeLoRA "
+            "or back. Train the adapter without it, through `target_modules` or `exclude_modules`."
         )
 
 
@@ -283,8 +284,7 @@ def _refuse_tied(found: list[Gated]) -> None:
     if shared := sorted(gated.module for gated in tied(found)):
         raise SpikeLoraError(
             f"{' and '.join(f'`{name}`' for name in shared)} share their matrices by `ensure_weight_tying`, and each "
-            "would need others: leave one out through `target_modules` or `exclude_modules` when the adapter is "
-            "trained."
+            "would need others. Train the adapter without one of them, through `target_modules` or `exclude_modules`."
         )
 
 

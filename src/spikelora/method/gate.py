@@ -1,6 +1,7 @@
 """The gate of one adapter in one layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -36,5 +37,5 @@ class SpikeGate(NeuronParameters):
         v_threshold, tau = self.neuron()
         return charge(a, tau) >= v_threshold
 
-    def __getstate__(self):
+    def __getstate__(self) -> Any:
         return super().__getstate__() | {"observers": ()}  # who watches this gate does not watch its copies

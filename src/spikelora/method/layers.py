@@ -38,8 +38,8 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant:
         if not hasattr(config, "v_threshold"):
             raise SpikeLoraError(
-                f"A spiking layer takes a SpikeLoraConfig, got a {type(config).__name__}; adapters of other methods go "
-                "on a model of their own."
+                f"A spiking layer takes a SpikeLoraConfig, got a {type(config).__name__}. Put adapters of other "
+                "methods on a model of their own."
             )
         return self.variant()
 

@@ -5,6 +5,7 @@ Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. Tensors that broadcast ma
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,9 @@ def spike_gate(
 
 class _SpikeGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, v_threshold, tau, surrogate_alpha, straight_through):
+    def forward(
+        ctx: Any, a: Tensor, v_threshold: Tensor, tau: Tensor, surrogate_alpha: float, straight_through: bool
+    ) -> Tensor:
         ctx.surrogate_alpha, ctx.straight_through = surrogate_alpha, straight_through
         ctx.numbers = [None if isinstance(t, Tensor) else t for t in (v_threshold, tau)]
         ctx.save_for_backward(a, *(as_saved(t) if isinstance(t, Tensor) else None for t in (v_threshold, tau)))
@@ -86,7 +89,7 @@ class _SpikeGate(torch.autograd.Function):
         return torch.where(spikes | a.isnan(), a, 0)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, *tensors = ctx.saved_tensors
         v_threshold, tau = (t if n is None else n for t, n in zip(tensors, ctx.numbers, strict=True))
         if is_differentiated_again():

@@ -1,5 +1,8 @@
 """The two numbers of a neuron as tensors of a model: saved with it, float32 whatever is cast, learned or fixed."""
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -47,12 +50,12 @@ class NeuronParameters(nn.Module):
             tau = _above_one(tau.float())
         if not v_threshold.dtype == tau.dtype == torch.float32:
             raise SpikeLoraError(
-                f"`v_threshold` and `tau` were cast to {v_threshold.dtype} and {tau.dtype}, but have to stay float32: "
-                "take FSDP2 where FSDP1 casts buffers, and leave `SpikeGate` out where you cast by hand."
+                f"`v_threshold` and `tau` were cast to {v_threshold.dtype} and {tau.dtype}, but have to stay float32. "
+                "Take FSDP2 where FSDP1 casts buffers, and leave `SpikeGate` out where you cast by hand."
             )
         return v_threshold, tau
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:
             return moved if (moved := fn(tensor)).dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -64,7 +67,7 @@ class NeuronParameters(nn.Module):
                     getattr(self, name).fill_(self.configured[name])
         return self
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.learn_tau and not keep_vars:  # an optimiser may have stepped below the floor
             destination[prefix + "tau"] = destination[prefix + "tau"].clamp(min=MIN_TAU)
@@ -82,11 +85,11 @@ class _AboveOne(torch.autograd.Function):
     """`max(tau, MIN_TAU)`; at the floor a gradient passes where its step would raise tau, so that tau can leave it."""
 
     @staticmethod
-    def forward(ctx, tau):
+    def forward(ctx: Any, tau: Tensor) -> Tensor:
         ctx.save_for_backward(tau)
         return tau.clamp(min=MIN_TAU)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (tau,) = ctx.saved_tensors
         return grad * ((tau > MIN_TAU) | (grad < 0))

@@ -78,7 +78,10 @@ def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
     if _forced is None or _forced is choice.path:
         return choice
     if choice.path is Path.PLAIN or _forced is Path.FUSED:
-        raise SpikeLoraError(f"{_forced} was forced on a layer that can take {choice.path} only: {choice.reason}.")
+        raise SpikeLoraError(
+            f"{_forced} was forced on a layer that can take {choice.path} only: {choice.reason}. Force that one, or "
+            "none."
+        )
     return Choice(_forced, "it is forced", choice.adapter if _forced is Path.BRANCH else None)
 
 

@@ -20,8 +20,9 @@ from spikelora.method.paths import choose, returns_private
 def refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise a `SpikeLoraError`, in place of all that would make a weight of an adapter."""
     raise SpikeLoraError(
-        "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight: its gate depends on the input. Serve "
-        "it unmerged, or make a mergeable LoRA of it with `to_lora(model, batches)`, which says how far that is off."
+        "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight, as its gate depends on the input. "
+        "Serve it unmerged, or make a mergeable LoRA of it by `to_lora(model, batches)`, which says how far that is "
+        "off."
     )
 
 

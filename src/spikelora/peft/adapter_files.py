@@ -52,7 +52,7 @@ def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
         return tensors
     if needed:
         raise SpikeLoraError(
-            f"{folder} holds the configuration of a saved adapter but no {SAFETENSORS_WEIGHTS_NAME}; copy the whole "
+            f"{folder} holds the configuration of a saved adapter but no {SAFETENSORS_WEIGHTS_NAME}. Copy the whole "
             "folder."
         )
     return {}
@@ -62,9 +62,9 @@ def refuse_pickle(folder: Path) -> None:
     """Raise a `SpikeLoraError` where the weights in a folder are a pickle too, which a loader may choose."""
     if (folder / WEIGHTS_NAME).exists():
         raise SpikeLoraError(
-            f"{folder / WEIGHTS_NAME} is a pickle, which SpikeLoRA never loads: delete it, and where it is all there "
-            f"is, save the adapter again as {SAFETENSORS_WEIGHTS_NAME}, which PEFT does unless `safe_serialization` is "
-            "False."
+            f"{folder / WEIGHTS_NAME} is a pickle, which SpikeLoRA never loads. Delete it and, where it is all there "
+            f"is, save the adapter again as {SAFETENSORS_WEIGHTS_NAME}, which PEFT does unless `safe_serialization` "
+            "is False."
         )
 
 
@@ -81,7 +81,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise SpikeLoraError(f"{file} is damaged ({error}); copy or save it again.") from error
+        raise SpikeLoraError(f"{file} is damaged ({error}). Copy or save it again.") from error
 
 
 def check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         if name not in known:
             raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
         if not tensor.is_floating_point():
-            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}. {_REMEDY}")
+            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}, which no weight is. {_REMEDY}")
         if ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
                 f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
@@ -118,8 +118,8 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             value = tensors[module + symbol]
             if value.shape != (1,) or not value.isfinite().all() or value.float() < lowest:
                 raise SpikeLoraError(
-                    f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}; "
-                    f"a threshold is one finite number and tau is one above 1. {_REMEDY}"
+                    f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}, "
+                    f"but a threshold is one finite number and tau is one above 1. {_REMEDY}"
                 )
     _warn_of_rounded(tensors, modules)
 

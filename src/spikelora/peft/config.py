@@ -17,26 +17,26 @@ from peft.utils.other import get_pattern_key
 from spikelora.errors import SpikeLoraError
 from spikelora.method.parameters import MIN_TAU
 from spikelora.peft.adapter_files import check_weights, low_rank_names, refuse_pickle
+from spikelora.peft.targets import check_scope, check_target
 
 # Options of LoRA that contradict the gate, and what to do instead.
 _REFUSED = {
-    "use_dora": "DoRA renormalises a merged weight, and a gated update is not a weight; leave `use_dora=False`",
-    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, past the gate; "
-    "target modules through `target_modules`",
-    "alora_invocation_tokens": "aLoRA brings a forward of its own, without the gate; leave it at None",
-    "arrow_config": "Arrow routes between linear adapters; leave it at None",
-    "use_bdlora": "BD-LoRA brings factors of its own, without the gate; leave it at None",
-    "velora_config": "VeLoRA brings a backward of its own, without the gate; leave it at None",
-    "kasa_config": "KaSA truncates the base weight for a linear adapter; leave it at None",
-    "monteclora_config": "MonteCLoRA brings a forward of its own, without the gate; leave it at None",
-    "use_qalora": "QALoRA pools the input for a mergeable adapter; leave `use_qalora=False`",
-    "megatron_config": "PEFT's Megatron layers never ask for the gate; leave it at None",
-    "lora_bias": "a bias on `lora_B` would pass while every gate is silent; leave `lora_bias=False`, "
+    "use_dora": "DoRA renormalises a merged weight, and a gated update is not a weight. Leave `use_dora=False`",
+    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, past the gate. "
+    "Target modules through `target_modules`",
+    "alora_invocation_tokens": "aLoRA brings a forward of its own, without the gate. Leave it at None",
+    "arrow_config": "Arrow routes between linear adapters. Leave it at None",
+    "use_bdlora": "BD-LoRA brings factors of its own, without the gate. Leave it at None",
+    "velora_config": "VeLoRA brings a backward of its own, without the gate. Leave it at None",
+    "kasa_config": "KaSA truncates the base weight for a linear adapter. Leave it at None",
+    "monteclora_config": "MonteCLoRA brings a forward of its own, without the gate. Leave it at None",
+    "use_qalora": "QALoRA pools the input for a mergeable adapter. Leave `use_qalora=False`",
+    "megatron_config": "PEFT's Megatron layers never ask for the gate. Leave it at None",
+    "lora_bias": "a bias on `lora_B` would pass while every gate is silent. Leave `lora_bias=False`, "
     'or train the base\'s biases with `bias="lora_only"`',
 }
 _INITIALISATIONS = (True, False, "gaussian", "eva")
 SURROGATES = ("atan", "straight_through")
-TARGET_SCOPES = ("module", "adapter")
 
 
 @dataclass
@@ -114,47 +114,52 @@ class SpikeLoraConfig(LoraConfig):
         self.v_threshold = _finite("v_threshold", self.v_threshold)
         self.tau = _finite("tau", self.tau)
         if self.tau < MIN_TAU:
-            raise SpikeLoraError(f"`tau` must be greater than 1 (in float32), got {self.tau}; the paper uses 2.0.")
+            raise SpikeLoraError(
+                f"`tau` must be greater than 1 (in float32), got {self.tau}. Try 2.0, as in the paper."
+            )
         if self.surrogate not in SURROGATES:
             raise SpikeLoraError(
-                f"`surrogate` must be one of {', '.join(map(repr, SURROGATES))}, got {self.surrogate!r}; the paper has "
-                "the first."
+                f"`surrogate` must be one of {', '.join(map(repr, SURROGATES))}, got {self.surrogate!r}. Take the "
+                "first for the paper's."
             )
         self.surrogate_alpha = _finite("surrogate_alpha", self.surrogate_alpha)
         if self.surrogate_alpha <= 0:
-            raise SpikeLoraError(f"`surrogate_alpha` must be greater than 0, got {self.surrogate_alpha}; try 2.0.")
+            raise SpikeLoraError(f"`surrogate_alpha` must be greater than 0, got {self.surrogate_alpha}. Try 2.0.")
         for name in ("learn_threshold", "learn_tau"):
             if not isinstance(getattr(self, name), bool):
-                raise SpikeLoraError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+                raise SpikeLoraError(
+                    f"`{name}` must be True or False, got {getattr(self, name)!r}. Leave it at False for a number "
+                    "that stays as it is."
+                )
         self.threshold_pattern = {
             key: _finite(f"threshold_pattern[{key!r}]", value)
             for key, value in _patterns("threshold_pattern", self.threshold_pattern).items()
         }
         self.target_tolerance = _finite("target_tolerance", self.target_tolerance)
         if not 0 < self.target_tolerance < 1:
-            raise SpikeLoraError(f"`target_tolerance` must lie between 0 and 1, got {self.target_tolerance}; try 0.01.")
+            raise SpikeLoraError(f"`target_tolerance` must lie between 0 and 1, got {self.target_tolerance}. Try 0.01.")
         check_scope("target_scope", self.target_scope)
         if self.target_sparsity is not None:
             check_target("target_sparsity", self.target_sparsity)
             if self.learn_threshold:
                 raise SpikeLoraError(
-                    "`target_sparsity` sets the thresholds that `learn_threshold` would train; drop one."
+                    "`target_sparsity` sets the thresholds that `learn_threshold` would train. Drop one of the two."
                 )
             if self.target_scope == "adapter" and self.threshold_pattern:
                 raise SpikeLoraError(
                     '`target_scope="adapter"` sets one threshold for all modules, and `threshold_pattern` asks for '
-                    "others in some; drop one."
+                    "others in some. Drop one of the two."
                 )
 
     def _check_low_rank(self) -> None:
         for name, rank in self._everywhere("r", "rank_pattern"):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise SpikeLoraError(f"`{name}` must be a positive whole number, got {rank!r}; 8 is a usual rank.")
+                raise SpikeLoraError(f"`{name}` must be a positive whole number, got {rank!r}. Try 8.")
         for name, alpha in self._everywhere("lora_alpha", "alpha_pattern"):
             if _finite(name, alpha) <= 0:
-                raise SpikeLoraError(f"`{name}` must be greater than 0, got {alpha}.")
+                raise SpikeLoraError(f"`{name}` must be greater than 0, got {alpha}. Try 16.")
         if not 0 <= _finite("lora_dropout", self.lora_dropout) < 1:
-            raise SpikeLoraError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+            raise SpikeLoraError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}. Try 0.05.")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_regex(name, getattr(self, name))
@@ -170,9 +175,9 @@ class SpikeLoraConfig(LoraConfig):
                 raise SpikeLoraError(f"`{name}` cannot be combined with SpikeLoRA: {reason}.")
         if self.init_lora_weights not in _INITIALISATIONS:
             raise SpikeLoraError(
-                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with SpikeLoRA, which knows "
-                f"{', '.join(map(repr, _INITIALISATIONS))}: the others change the base weight, or start away from "
-                "B = 0, for an adapter that is linear. Use `init_lora_weights=True`."
+                f"`init_lora_weights={self.init_lora_weights!r}` cannot be combined with SpikeLoRA, whose adapters "
+                "start with B = 0 and leave the base weight as it is. Use one of "
+                f"{', '.join(map(repr, _INITIALISATIONS))}."
             )
 
     def without_neuron(self) -> LoraConfig:
@@ -182,7 +187,7 @@ class SpikeLoraConfig(LoraConfig):
         config.peft_type = PeftType.LORA
         return config
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration as PEFT does.
 
         Raises:
@@ -193,7 +198,7 @@ class SpikeLoraConfig(LoraConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> "SpikeLoraConfig":
         """Load the configuration from a folder or a hub repository, as PEFT does.
 
@@ -202,18 +207,21 @@ class SpikeLoraConfig(LoraConfig):
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
-            raise SpikeLoraError(f"{folder} has no {CONFIG_NAME}; it is no adapter, or a part of it is missing.")
+            raise SpikeLoraError(
+                f"{folder} has no {CONFIG_NAME}: it is no adapter, or a part of it is missing. Give an adapter's "
+                "folder, or copy the whole of it again."
+            )
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, cls):
             found = PeftType(config.peft_type).value
             raise SpikeLoraError(
-                f"{folder} holds a {found} adapter, not a SPIKELORA one; load it with PEFT's own classes."
+                f"{folder} holds a {found} adapter, not a SPIKELORA one. Load it with PEFT's own classes."
             )
         config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
         return config
 
     def check_folder(
-        self, name_or_path: str | os.PathLike, subfolder: str | None = None, needed: bool = False, **kwargs: Any
+        self, name_or_path: str | os.PathLike[str], subfolder: str | None = None, needed: bool = False, **kwargs: Any
     ) -> None:
         """Raise a `SpikeLoraError` where the weights beside this configuration are not whole, or not its own.
 
@@ -248,32 +256,19 @@ class SpikeLoraConfig(LoraConfig):
             file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
         except EntryNotFoundError as error:
             raise SpikeLoraError(
-                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline. A pickle is "
-                "never loaded: save the adapter again, which PEFT does with safetensors."
+                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline, and a pickle is "
+                "never loaded. Save the adapter again, which PEFT does with safetensors."
             ) from error
         return Path(file).parent
-
-
-def check_target(name: str, target: Any) -> None:
-    """Raise a `SpikeLoraError` unless a target sparsity lies between 0 and 1."""
-    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
-        raise SpikeLoraError(
-            f"`{name}` must be a share of silent activations between 0 and 1, both excluded, got {target!r}; 0.9 is a "
-            "usual one."
-        )
-
-
-def check_scope(name: str, scope: Any) -> None:
-    """Raise a `SpikeLoraError` for an unknown scope of a target."""
-    if scope not in TARGET_SCOPES:
-        raise SpikeLoraError(f"`{name}` must be one of {', '.join(map(repr, TARGET_SCOPES))}, got {scope!r}.")
 
 
 def _finite(name: str, value: Any) -> float:
     limit = torch.finfo(torch.float32).max
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not -limit <= value <= limit:
-        raise SpikeLoraError(f"`{name}` must be a finite number (in float32), got {value!r}.")
+        raise SpikeLoraError(
+            f"`{name}` must be a finite number (in float32), got {value!r}. Give a plain number within that range."
+        )
     return float(value)
 
 
@@ -281,7 +276,10 @@ def _patterns(name: str, patterns: Any) -> dict[str, Any]:
     """The patterns as a dict, each key a regular expression."""
     patterns = patterns or {}
     if not isinstance(patterns, dict):
-        raise SpikeLoraError(f"`{name}` must map module names to values, got {patterns!r}.")
+        raise SpikeLoraError(
+            f"`{name}` must map module names to values, got {patterns!r}. Give a dict, whose keys are names of "
+            "modules or regular expressions."
+        )
     for key in patterns:
         _check_regex(name, key)
     return patterns
@@ -291,4 +289,7 @@ def _check_regex(name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
     except (TypeError, re.error) as error:
-        raise SpikeLoraError(f"`{name}` has {pattern!r}, which is no regular expression: {error}.") from error
+        raise SpikeLoraError(
+            f"`{name}` has {pattern!r}, which is no regular expression ({error}). Give a module's name, or an "
+            "expression that Python's `re` takes."
+        ) from error

@@ -38,8 +38,8 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
     method = attributes.get("peft_type", method)
     if "peft_type" in attributes and method not in list(PeftType):
         raise SpikeLoraError(
-            f"{file} cannot be read: its `peft_type` {method!r} is none that PEFT knows here. Upgrade `peft`, or "
-            f"import the package that brings it; should it be SPIKELORA, the file is damaged. {remedy}"
+            f"{file} cannot be read: its `peft_type` {method!r} is none that PEFT knows here. Upgrade `peft` or "
+            "import the package that brings the method and, should it be SPIKELORA, copy or save the adapter again."
         )
     if method != PeftType.SPIKELORA:
         if attributes.get("use_spikelora"):
@@ -54,8 +54,8 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
     unknown = sorted(attributes.keys() - hints.keys())
     if unknown:
         raise SpikeLoraError(
-            f"{file} has fields that SpikeLoraConfig does not know: {', '.join(unknown)}. It is damaged, or of a newer "
-            "release: upgrade `spikelora` and `peft`, or copy the adapter again."
+            f"{file} has fields that SpikeLoraConfig does not know: {', '.join(unknown)}. Upgrade `spikelora` and "
+            "`peft` if a newer release has saved it, or copy the adapter again."
         )
     for name, value in attributes.items():
         if not _is_a(value, hints[name]):

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def guard_trainers() -> None:
     fsdp_utils.fsdp2_load_full_state_dict = _with_fixed_numbers(original(fsdp_utils.fsdp2_load_full_state_dict))
 
 
-def _fit_for_gates(on_init_end):
+def _fit_for_gates(on_init_end: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(on_init_end)
     def fit_for_gates(
         self: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,7 +36,7 @@ def _fit_for_gates(on_init_end):
         if uses_vllm and _is_spiking(self.model):
             raise SpikeLoraError(
                 "TRL hands vLLM the weights of the model with its adapter merged, and a spiking adapter cannot be "
-                "merged: generate with the model itself, by `use_vllm=False` and a trainer that has the option."
+                "merged. Generate with the model itself, by `use_vllm=False` and a trainer that has the option."
             )
         for module in self.model.modules() if isinstance(self.model, nn.Module) else ():
             # On quantised bases TRL casts what is trained to bfloat16. The dtype comes back, the digits do not.
@@ -52,14 +53,16 @@ def _fit_for_gates(on_init_end):
     return fit_for_gates
 
 
-def _with_fixed_numbers(load_full_state_dict):
+def _with_fixed_numbers(load_full_state_dict: Callable[..., Any]) -> Callable[..., Any]:
     """accelerate's function that hands out what the first process has loaded.
 
     It assumes that every entry of a state dict is sharded. Fixed numbers are not, and are handed out here.
     """
 
     @functools.wraps(load_full_state_dict)
-    def with_fixed_numbers(accelerator: Any, model: nn.Module, full_sd: dict, *args: Any, **kwargs: Any) -> Any:
+    def with_fixed_numbers(
+        accelerator: Any, model: nn.Module, full_sd: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         fixed = [(name, gate, dict(gate.named_buffers())) for name, gate in model.named_modules() if _is_gate(gate)]
         for _, gate, numbers in fixed:
             gate._non_persistent_buffers_set.update(numbers)
@@ -86,7 +89,7 @@ def _guard_synchronising() -> None:
         callback._sync_target_model = staticmethod(_with_numbers(original(callback._sync_target_model)))
 
 
-def _with_numbers(sync):
+def _with_numbers(sync: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(sync)
     def with_numbers(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
         sync(model, target_model, alpha)

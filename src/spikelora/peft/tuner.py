@@ -59,8 +59,8 @@ class SpikeLoraModel(LoraModel):
         super()._check_new_adapter_config(config)
         if not isinstance(config, SpikeLoraConfig):
             raise SpikeLoraError(
-                f"SpikeLoraModel takes a SpikeLoraConfig, got a {type(config).__name__}; adapters of other methods go "
-                "on a model of their own."
+                f"SpikeLoraModel takes a SpikeLoraConfig, got a {type(config).__name__}. Put adapters of other "
+                "methods on a model of their own."
             )
         config.check()  # it may have been changed since it was made
 
@@ -71,7 +71,7 @@ class SpikeLoraModel(LoraModel):
             with as_it_was(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            raise NoMatchingModuleError(f'{error} `target_modules="all-linear"` takes every linear layer.') from error
+            raise NoMatchingModuleError(f'{error} Use `target_modules="all-linear"` for every linear layer.') from error
         alike = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         for layer in model.modules() if alike else ():
             if isinstance(layer, SpikingLayer) and adapter_name in layer.lora_gate:
@@ -190,7 +190,7 @@ def _check_whole(name: str, target: nn.Module) -> None:
 def _unsupported(name: str, target: nn.Module) -> SpikeLoraError:
     return SpikeLoraError(
         f"Target module `{name}` is a {type(target).__name__}, on which SpikeLoRA is not supported: it could run "
-        "without its gate. Supported are `nn.Linear`, `nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, transformers' "
-        "`Conv1D`, and linear layers quantised by bitsandbytes, GPTQ, HQQ, torchao or INC; leave the module out "
-        "through `target_modules` or `exclude_modules`."
+        "without its gate. Leave it out through `target_modules` or `exclude_modules`: supported are `nn.Linear`, "
+        "`nn.Embedding`, `nn.Conv1d` to `nn.Conv3d`, transformers' `Conv1D`, and linear layers quantised by "
+        "bitsandbytes, GPTQ, HQQ, torchao or INC."
     )

@@ -206,7 +206,7 @@ def _adapter_in(folder: Path) -> Path | None:
     named = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
     named = [path for path in named if not path.name.startswith("checkpoint-")]
     if len(named) > 1:
-        raise SpikeLoraError(f"{folder} holds several adapters: give the folder of one, such as {named[0]}.")
+        raise SpikeLoraError(f"{folder} holds several adapters. Give the folder of one, such as {named[0]}.")
     return named[0] if named else None
 
 
@@ -224,7 +224,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, reason: object) -> SpikeLoraError:
-    return SpikeLoraError(f"{path} is damaged ({reason}); copy the run again, or take the file away to go without it.")
+    return SpikeLoraError(f"{path} is damaged ({reason}). Copy the run again, or take the file away to go without it.")
 
 
 def _sparsity(folder: Path, metrics: dict[str, Any]) -> MeasuredSparsity | None:

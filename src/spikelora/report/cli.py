@@ -1,4 +1,4 @@
-"""The `spikelora` command: what an adapter's folder holds, a report of a run, calibration, conversion to LoRA.
+"""The `spikelora` command: what an adapter's folder holds, a report, calibration, conversion to LoRA, autoload.
 
 Ends with 0 where all is well, 1 where a folder or file is not sound, and 2 for wrong usage.
 """
@@ -27,6 +27,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # messages unbroken, as scripts read them
     pretty_exceptions_enable=False,
 )
+
+autoload = typer.Typer(
+    help="Have programs of this environment find SpikeLoRA by importing PEFT, without an import of their own.",
+    no_args_is_help=True,
+)
+app.add_typer(autoload, name="autoload")
 
 _AdapterFolder = Annotated[
     Path, typer.Argument(metavar="ADAPTER", exists=True, file_okay=False, help="Folder of a saved adapter.")
@@ -108,7 +114,7 @@ def calibrate(
     max_batches: _MaxBatches = None,
 ) -> None:
     """Set the thresholds so that a target share of the activations is silent on a text."""
-    from spikelora.peft.config import check_scope, check_target
+    from spikelora.peft.targets import check_scope, check_target
     from spikelora.report.tables import numbers_table
     from spikelora.sparsity.calibration import calibrate_thresholds
 
@@ -157,6 +163,31 @@ def to_lora(
     console.print(f"The LoRA adapter is in {output}", soft_wrap=True)
 
 
+@autoload.command()
+def on() -> None:
+    """Write a file into this environment's site-packages that registers SpikeLoRA when PEFT is imported."""
+    from spikelora.peft.autoload import switch_on
+
+    typer.echo(f"Wrote {switch_on()}: from now on Python's processes here register SpikeLoRA when they import PEFT.")
+
+
+@autoload.command()
+def off() -> None:
+    """Remove that file."""
+    from spikelora.peft.autoload import switch_off
+
+    file = switch_off()
+    typer.echo(f"Removed {file}." if file else "Autoload was off.")
+
+
+@autoload.command()
+def status() -> None:
+    """Say whether that file is there."""
+    from spikelora.peft.autoload import describe
+
+    typer.echo(describe())
+
+
 def _console() -> "Console":
     from rich.console import Console
 
@@ -197,7 +228,7 @@ def _load(
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     if positions and longest > positions:
         raise SpikeLoraError(
-            f"A text has {longest} tokens, more than the {positions} positions of {base}; set --cutoff_len {positions}."
+            f"A text has {longest} tokens, more than the {positions} positions of {base}. Set --cutoff_len {positions}."
         )
     config.base_model_name_or_path = base  # what is saved names the base that it was made on
     return PeftModel.from_pretrained(loaded, adapter, config=config), batches
@@ -218,7 +249,7 @@ def _auto_class(task_type: str | None) -> Any:
     if task_type not in classes:
         raise SpikeLoraError(
             f"An adapter for {task_type} needs more than a text and the name of its base, such as other inputs or the "
-            "number of its labels: call the function of the same name in Python, with the batches of its training."
+            "number of its labels. Call the function of the same name in Python, with the batches of its training."
         )
     return getattr(transformers, classes[task_type])
 
@@ -250,4 +281,4 @@ def _writing(write: Any, *arguments: Any) -> Any:
     try:
         return write(*arguments)
     except OSError as error:
-        raise SpikeLoraError(f"--output cannot be written: {error}.") from error
+        raise SpikeLoraError(f"--output cannot be written ({error}). Name another place.") from error

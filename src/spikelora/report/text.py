@@ -34,7 +34,7 @@ def text_batches(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise SpikeLoraError(
-            f"The tokenizer {tokenizer.name_or_path} has no token to pad with: give it a `pad_token`, and save it."
+            f"The tokenizer {tokenizer.name_or_path} has no token to pad with. Give it a `pad_token`, and save it."
         )
     names = ["input_ids", "attention_mask"]
     for start in range(0, len(texts), batch_size):
@@ -47,7 +47,9 @@ def _texts(path: Path, text_field: str) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpikeLoraError(f"{path} cannot be read as text in UTF-8: {error}.") from error
+        raise SpikeLoraError(
+            f"{path} cannot be read as text in UTF-8 ({error}). Save it so, or give another file."
+        ) from error
     if path.suffix == ".jsonl":
         # Not splitlines: a JSON string may hold other characters that it takes for the end of a line.
         lines = enumerate(content.split("\n"), start=1)
@@ -56,7 +58,7 @@ def _texts(path: Path, text_field: str) -> list[str]:
         found = re.split(r"\n\s*\n", content)
     texts = [text for text in found if text.strip()]
     if not texts:
-        raise SpikeLoraError(f"{path} has no text; give a file with some, such as a part of the training data.")
+        raise SpikeLoraError(f"{path} has no text. Give a file with some, such as a part of the training data.")
     return texts
 
 
@@ -64,10 +66,10 @@ def _field(path: Path, number: int, line: str, text_field: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SpikeLoraError(f"{path}, line {number} is no JSON: {error}; give one object per line.") from error
+        raise SpikeLoraError(f"{path}, line {number} is no JSON ({error}). Give one object per line.") from error
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise SpikeLoraError(
-            f"{path}, line {number} has no text under {text_field!r}; name the field that has it with --text_field."
+            f"{path}, line {number} has no text under {text_field!r}. Name the field that has it with --text_field."
         )
     return text

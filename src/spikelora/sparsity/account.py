@@ -201,13 +201,14 @@ def operations(
     Source: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9.
     """
     if isinstance(tokens_per_pass, bool) or not isinstance(tokens_per_pass, int) or tokens_per_pass < 1:
-        raise SpikeLoraError(f"`tokens_per_pass` must be a whole number from 1 on, got {tokens_per_pass!r}.")
+        raise SpikeLoraError(f"`tokens_per_pass` must be a whole number from 1 on, got {tokens_per_pass!r}. Try 1.")
     for name, value in (("weight_pj", weight_pj), ("activation_pj", activation_pj)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise SpikeLoraError(f"`{name}` must be finite and not negative, in pJ, got {value!r}.")
+            raise SpikeLoraError(f"`{name}` must be finite and not negative, in pJ, got {value!r}. Leave it out.")
     if not isinstance(report, SparsityReport):
         raise SpikeLoraError(
-            f"`report` must be what `SparsityMeter(model).report()` gives, got a {type(report).__name__}."
+            f"`report` must be a SparsityReport, got a {type(report).__name__}. Give what "
+            "`SparsityMeter(model).report()` returns."
         )
     layers: dict[tuple[str, str], Any] = {(g.module, g.adapter): g.layer for g in gates(model)}
     modules = {}
@@ -232,7 +233,7 @@ def operations(
             )
     if not modules:
         raise SpikeLoraError(
-            "The report has no token of a linear layer: run the model inside `with SparsityMeter(model) as meter:`."
+            "`report` has no token of a linear layer. Run the model inside `with SparsityMeter(model) as meter:`."
         )
     # Where several adapters share a module its base runs once.
     bases = {m.module: m.base for m in modules.values()}

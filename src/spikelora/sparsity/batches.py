@@ -20,8 +20,8 @@ def repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, An
     """
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise SpikeLoraError(
-            f"`batches` must be a list of batches, or another iterable of them, got a {type(batches).__name__}: "
-            "put a single batch into a list."
+            f"`batches` must be a list of batches, or another iterable of them, got a {type(batches).__name__}. Put a "
+            "single batch into a list."
         )
     return list(batches) if isinstance(batches, Iterator) else batches
 
@@ -50,8 +50,8 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
                 n_batches += 1
                 if not isinstance(batch, Mapping):
                     raise SpikeLoraError(
-                        f"`batches` must give the model's keyword arguments, such as "
-                        f"`{{'input_ids': ..., 'attention_mask': ...}}`, got a {type(batch).__name__}."
+                        f"`batches` must give the model's keyword arguments, got a {type(batch).__name__}. Give dicts "
+                        f"such as `{{'input_ids': ..., 'attention_mask': ...}}`."
                     )
                 inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
                 sizes = [v.numel() for v in inputs.values() if isinstance(v, Tensor)]
@@ -61,9 +61,12 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
         for module, mode in modes.items():
             module.training = mode
     if not n_batches:
-        raise SpikeLoraError("`batches` is empty; give at least one, and a list where it is used more than once.")
+        raise SpikeLoraError("`batches` is empty. Give at least one, and a list where it is used more than once.")
     if not n_tokens:
-        raise SpikeLoraError("`batches` has no token that reaches an active spiking adapter, or all are padding.")
+        raise SpikeLoraError(
+            "`batches` has no token that reaches an active spiking adapter, or all are padding. Give data that the "
+            "adapted modules see, with the attention mask of its training."
+        )
 
 
 def _call(model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -74,9 +77,14 @@ def _call(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     except (AttributeError, TypeError, ValueError) as error:
         if not any(isinstance(value, Tensor) for value in inputs.values()):
             kinds = ", ".join(f"`{name}` is a {type(value).__name__}" for name, value in inputs.items())
-            raise SpikeLoraError(f"`batches` must hold tensors, but {kinds or 'a batch is empty'}.") from error
+            raise SpikeLoraError(
+                f"`batches` must hold tensors, but {kinds or 'a batch is empty'}. Give what the tokenizer returns "
+                'with `return_tensors="pt"`.'
+            ) from error
         if isinstance(error, ValueError) or "unexpected keyword argument" in str(error):
-            raise SpikeLoraError(f"`batches` does not hold what the model takes: {error}") from error
+            raise SpikeLoraError(
+                f"`batches` does not hold what the model takes ({error}). Give the keyword arguments of its forward."
+            ) from error
         raise
 
 

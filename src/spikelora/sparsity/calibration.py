@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
 from spikelora.method.neuron import charge
-from spikelora.peft.config import check_scope, check_target
+from spikelora.peft.targets import check_scope, check_target
 from spikelora.sparsity.batches import by_module, repeatable, run, warn_of_unreached
 from spikelora.sparsity.observe import Gated, gates
 from spikelora.sparsity.quantiles import QuantileSketch, common_threshold

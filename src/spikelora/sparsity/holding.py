@@ -51,9 +51,9 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:
         if not (_is_number(warmup_ratio) and 0 <= warmup_ratio <= 1):
-            raise SpikeLoraError(f"`warmup_ratio` must be a share from 0 to 1, got {warmup_ratio!r}; leave it at 0.1.")
+            raise SpikeLoraError(f"`warmup_ratio` must be a share from 0 to 1, got {warmup_ratio!r}. Leave it at 0.1.")
         if not (_is_number(gain) and 0 < gain <= 1):
-            raise SpikeLoraError(f"`gain` must be above 0 and at most 1, got {gain!r}; leave it at 0.1.")
+            raise SpikeLoraError(f"`gain` must be above 0 and at most 1, got {gain!r}. Leave it at 0.1.")
         self.warmup_ratio = warmup_ratio
         self.gain = gain
         self._context = ExitStack()
@@ -74,7 +74,8 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         self._goals = {g.adapter: (target, configs[g.adapter].target_tolerance) for g, target in self._targets.items()}
         if not self._targets:
             raise SpikeLoraError(
-                "SparsityControlCallback has no target: set `SpikeLoraConfig(target_sparsity=...)`, or leave it out."
+                "SparsityControlCallback has no target. Set `SpikeLoraConfig(target_sparsity=...)`, or leave the "
+                "callback out."
             )
         dropout = max(configs[adapter].lora_dropout for adapter in self._goals)
         if dropout and state.is_world_process_zero:
@@ -89,7 +90,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         if not self._is_new and all(self._is_at_start(gated, configs[gated.adapter]) for gated in self._targets):
             # Checkpoints of FSDP2 that earlier versions wrote have no thresholds that were held.
             raise SpikeLoraError(
-                "The thresholds are those before the training, not the checkpoint's: load them, too, by "
+                "Each `v_threshold` is that before the training, not the checkpoint's. Load them, too, by "
                 "`model.load_adapter(checkpoint, adapter_name, is_trainable=True)` before the Trainer resumes."
             )
         self._is_common = {adapter: configs[adapter].target_scope == "adapter" for adapter in self._goals}
@@ -100,11 +101,13 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         self._meter = self._context.enter_context(SparsityMeter(model, training=True))
 
     @torch.no_grad()
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._add_common()
 
     @torch.no_grad()
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._add_common()
         # In the same order in all processes, also for a module that ran in some of them only.
         sums = torch.stack([self._seen.get(g, torch.zeros(2)).to(args.device) for g in self._targets])
@@ -120,7 +123,9 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         if state.global_step <= (1 - _JUDGED) * state.max_steps:
             self._meter.reset()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         report = self._meter.report()
         self._context.close()
         if state.global_step < (1 - _JUDGED) * state.max_steps:

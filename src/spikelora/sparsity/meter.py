@@ -114,7 +114,9 @@ class SparsityMeter:
         self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | str | None = None
     ) -> None:
         if training not in (True, False, None):
-            raise SpikeLoraError(f"`training` must be True, False or None, got {training!r}.")
+            raise SpikeLoraError(
+                f"`training` must be True, False or None, got {training!r}. Leave it at None to count both modes."
+            )
         self._model = model
         self._training = training
         adapters = [adapters] if isinstance(adapters, str) else adapters
@@ -123,8 +125,8 @@ class SparsityMeter:
             known = {gated.adapter for gated in found}
             if not isinstance(adapters, Collection) or not known.issuperset(adapters):
                 raise SpikeLoraError(
-                    f"`adapters` must be of the model's own, which are {', '.join(map(repr, sorted(known)))}, got "
-                    f"{adapters!r}."
+                    f"`adapters` must be of the model's own, got {adapters!r}. Name some of "
+                    f"{', '.join(map(repr, sorted(known)))}, or leave it out for all."
                 )
             found = [gated for gated in found if gated.adapter in adapters]
         self._gated = {(gated.module, gated.adapter): gated for gated in found}
@@ -134,7 +136,7 @@ class SparsityMeter:
 
     def __enter__(self) -> "SparsityMeter":
         if self._is_open:
-            raise SpikeLoraError("This meter is measuring already, and would count twice: take another one inside.")
+            raise SpikeLoraError("This meter is measuring already, and would count twice. Take another one inside.")
         self._context.enter_context(observing(self._model, self._count))
         self._is_open = True
         return self

@@ -15,8 +15,8 @@ from spikelora.method.gate import SpikeGate
 from spikelora.method.sharding import unwrapped
 
 DATA_PARALLEL = (
-    "Sparsity cannot be measured under `torch.nn.DataParallel`, as trainers use it for several GPUs in one process: "
-    "start one process for each, by `torchrun` or `accelerate launch`, or show it one GPU."
+    "Sparsity cannot be measured under `torch.nn.DataParallel`, as trainers use it for several GPUs in one process. "
+    "Start one process for each, by `torchrun` or `accelerate launch`, or show it one GPU."
 )
 
 
@@ -50,7 +50,7 @@ def gates(model: nn.Module) -> list[Gated]:
     """
     if not isinstance(model, nn.Module):
         raise SpikeLoraError(
-            f"`model` must be a model with a spiking adapter, got a {type(model).__name__}: give the one of "
+            f"`model` must be a model with a spiking adapter, got a {type(model).__name__}. Give the one of "
             "`get_peft_model(model, SpikeLoraConfig(...))` or `PeftModel.from_pretrained`."
         )
     found = []
@@ -62,8 +62,8 @@ def gates(model: nn.Module) -> list[Gated]:
             found.append(Gated(module, adapter, gate, model.get_submodule(layer)))
     if not found:
         raise SpikeLoraError(
-            f"This {type(model).__name__} has no spiking adapter: put one on it with "
-            "`get_peft_model(model, SpikeLoraConfig(...))`, or load one with `PeftModel.from_pretrained`."
+            f"This {type(model).__name__} has no spiking adapter. Put one on it with `get_peft_model(model, "
+            "SpikeLoraConfig(...))`, or load one with `PeftModel.from_pretrained`."
         )
     return found
 
@@ -83,8 +83,8 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
     configs: Any = getattr(model, "peft_config", None)
     if configs is None:
         raise SpikeLoraError(
-            f"This {type(model).__name__} has no `peft_config`, where the settings of its adapters are: give the model "
-            "that `get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
+            f"This {type(model).__name__} has no `peft_config`, where the settings of its adapters are. Give the "
+            "model that `get_peft_model` or `PeftModel.from_pretrained` made, without what was wrapped around it."
         )
     return configs
 
@@ -111,7 +111,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
         if gated.gate.tau.is_meta or gated.gate.v_threshold.is_meta:
             raise SpikeLoraError(
                 f"The neuron of `{gated.module}` is on the meta device, as what accelerate offloads is between two "
-                "runs: load the model where all of it has a device, without offloading to CPU or disk."
+                "runs. Load the model where all of it has a device, without offloading to CPU or disk."
             )
     with ExitStack() as stack, token_masks(model) as masks:
         layers = {gated.layer: gated.module for gated in found}
@@ -119,12 +119,12 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
         seen = _Seen(layers)
         one_at_a_time = threading.Lock()
 
-        def note_mask(layer: Any, args: tuple) -> None:
+        def note_mask(layer: Any, args: tuple[Any, ...]) -> None:
             tokens = layer.tokens(args[0]) if args else None
             mask = None if tokens is None else masks.of(tokens, layers[layer].endswith(_ON_ENCODER_TOKENS))
             seen.by_layer[layer] = (mask, _adapter_names(layer))
 
-        @torch.compiler.disable
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @torch.no_grad()
         def show(gated: Gated, a: Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # in a backward
@@ -155,7 +155,7 @@ class _Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self._call(*args, **kwargs)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (_ignore,)
 
 
@@ -216,7 +216,9 @@ class TokenMasks(threading.local):
             return None
         return mask.to(x.device) > 0
 
-    def enter(self, signature: inspect.Signature, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def enter(
+        self, signature: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Take the masks that a module is called with; one that is given none is in the scope of those around it."""
         try:
             given = signature.bind_partial(*args, **kwargs).arguments
@@ -239,7 +241,7 @@ class TokenMasks(threading.local):
             scope = scope._replace(mask=mask)
         self._scopes.append(scope)
 
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._scopes.pop()
 
 

@@ -47,7 +47,7 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         if not isinstance(trainer, Trainer):
             raise SpikeLoraError(
-                f"`trainer` must be the trainer that the callback is added to, got a {type(trainer).__name__}: "
+                f"`trainer` must be the trainer that the callback is added to, got a {type(trainer).__name__}. Call "
                 "`trainer.add_callback(SparsityCallback(trainer))`."
             )
         refuse_data_parallel(trainer.args.n_gpu)
@@ -87,7 +87,9 @@ class SparsityCallback(TrainerCallback):
         self._training = _meter(model, training=True)
         self._training.__enter__()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._training.__exit__()
         self._of_training()  # warns of what no log of a loss came to tell
 

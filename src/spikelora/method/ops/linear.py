@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,17 @@ def is_autocast(x: Tensor) -> bool:
 
 class _SpikeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, v_threshold, tau, *numbers):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        v_threshold: Tensor,
+        tau: Tensor,
+        *numbers: Any,
+    ) -> Tensor:
         tokens = _tokens(x)
         y = product(tokens, weight, bias)
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
@@ -118,7 +128,7 @@ class _SpikeLinear(torch.autograd.Function):
         return y if tokens is x and not torch.compiler.is_compiling() else _as_new(y, x)
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
         *saved, weight = ctx.saved_tensors
         if is_differentiated_again():
@@ -137,7 +147,17 @@ class _SpikeLinear(torch.autograd.Function):
 
 class _SpikeBranch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, in_place, x, A, B, v_threshold, tau, *numbers):
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        in_place: bool,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        v_threshold: Tensor,
+        tau: Tensor,
+        *numbers: Any,
+    ) -> Tensor:
         if in_place:
             ctx.mark_dirty(y)
         else:
@@ -149,7 +169,7 @@ class _SpikeBranch(torch.autograd.Function):
         return _as_new(y, x) if torch.compiler.is_compiling() else y
 
     @staticmethod
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         _, _, need_x, *needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
         if is_differentiated_again():
@@ -169,7 +189,7 @@ def _composed_backward(
     need_x: bool,
     needs: list[bool],
     saved: Sequence[Tensor],
-    numbers: tuple,
+    numbers: tuple[Any, ...],
     weight: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the input, A, B, v_threshold and tau by torch's own rules, for a second backward."""
@@ -177,8 +197,8 @@ def _composed_backward(
     surrogate_alpha, straight_through, scaling, dropout, _ = numbers
     if x is None:
         raise SpikeLoraError(
-            "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen: "
-            "train `lora_A` as well, or force the plain path, `with force_path(Path.PLAIN)`."
+            "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen. "
+            "Train `lora_A` as well, or take the plain path by `with force_path(Path.PLAIN)`."
         )
 
     def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
@@ -212,7 +232,7 @@ def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
     return x.to(dtype), adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype))
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager:
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The backward has the dtypes of the forward, even where autocast is on around it."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
@@ -235,7 +255,7 @@ def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple
 
 
 def _adapter_backward(
-    grad_y: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor], numbers: tuple, needs: list[bool]
+    grad_y: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor], numbers: tuple[Any, ...], needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where given."""
     x, a, mask, A, B, v_threshold, tau = saved

@@ -340,12 +340,12 @@ def _token_sums(
     return A, B
 
 
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _start(
-    kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], numbers: tuple,
-    constants: tuple, kinds: tuple, **options: int,
+    kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...],
+    numbers: tuple[Any, ...], constants: tuple[Any, ...], kinds: tuple[Any, ...], **options: int,
 ) -> None:  # fmt: skip
     """Launch a kernel on the current device.
 
@@ -379,7 +379,7 @@ def _start(
     run(*grid, 1, stream, function, metadata, None, None, None, *pointers, *sizes, *numbers, *constants)
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager:
+def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """The device of x as the current one; to enter a context takes longer than to see that it is."""
     return nullcontext() if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
 
@@ -388,7 +388,7 @@ def _on_device_of(x: Tensor) -> AbstractContextManager:
 @functools.lru_cache(maxsize=4096)
 def _features_by_spans(
     n_tokens: int, n_features: int, rank: int, left: torch.dtype, right: torch.dtype
-) -> tuple[tuple[int, int], int, tuple]:
+) -> tuple[tuple[int, int], int, tuple[Any, ...]]:
     block_n, block_r = _blocks(n_tokens, rank)
     programs = _cdiv(n_tokens, block_n) * _cdiv(rank, block_r)
     splits, span = _spans(n_features, BLOCK, programs)
@@ -398,7 +398,7 @@ def _features_by_spans(
 @functools.lru_cache(maxsize=4096)
 def _tokens_by_features(
     n_tokens: int, n_features: int, rank: int, backward: bool, straight_through: bool, dtype: torch.dtype
-) -> tuple[tuple[int, int], tuple]:
+) -> tuple[tuple[int, int], tuple[Any, ...]]:
     block_n, block_r = _blocks(n_tokens, rank)
     grid = _cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))  # without features, `out` is made still
     return grid, (backward, straight_through, block_n, WIDE_BLOCK, block_r, _precision(dtype, dtype))
@@ -407,7 +407,7 @@ def _tokens_by_features(
 @functools.lru_cache(maxsize=4096)
 def _tokens_by_spans(
     n_tokens: int, columns: tuple[int, int], rank: int, x: torch.dtype, y: torch.dtype, a: torch.dtype
-) -> tuple[tuple[int, int], int, tuple]:
+) -> tuple[tuple[int, int], int, tuple[Any, ...]]:
     block_n, block_r = _blocks(n_tokens, rank)
     programs = (_cdiv(columns[0], BLOCK) + _cdiv(columns[1], BLOCK)) * _cdiv(rank, block_r)
     splits, span = _spans(n_tokens, block_n, programs)
