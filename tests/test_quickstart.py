@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-import spikelora  # noqa: F401 - registers the method with PEFT, and so comes first
+import spikelora  # registers the method with PEFT, and so comes first
 
 # isort: split
 from peft import PeftModel, SpikeLoraConfig, get_peft_model
@@ -84,36 +84,34 @@ def test_the_readme_s_code_runs(tmp_path, monkeypatch, device):
     base.resize_token_embeddings(len(AutoTokenizer.from_pretrained(EMBEDDED_MODEL)))
     base.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(tmp_path / "base")
-    readme = (EMBEDDED_MODEL.parents[2] / "README.md").read_text()
-    assert "# on a CPU: use_cpu=True, bf16=False" in readme
+    (code,) = re.findall(r"```python\n(.*?)```", (EMBEDDED_MODEL.parents[2] / "README.md").read_text(), re.DOTALL)
+    assert "# on a CPU: use_cpu=True, bf16=False" in code
     added = {"cpu": ", use_cpu=True, bf16=False", "cuda": ""}.get(device.type, ", bf16=False")
     for downloaded, local in {
         '"facebook/opt-350m"': repr(str(tmp_path / "base")),
         'load_dataset("stanfordnlp/imdb", split="train")': "rows",
-        "learning_rate=3e-4)": f'learning_rate=3e-4, max_steps=2, report_to="none"{added})',
+        "learning_rate=3e-4)": f'learning_rate=3e-4, max_length=32, max_steps=2, report_to="none"{added})',
     }.items():
-        assert downloaded in readme
-        readme = readme.replace(downloaded, local)
-    train, load, measure, path = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+        assert downloaded in code
+        code = code.replace(downloaded, local)
     monkeypatch.chdir(tmp_path)
     names = {"rows": Dataset.from_dict({"text": ["The neuron fires at equality."] * 8})}
-    exec(train, names)
-    loaded = {}
-    exec(load, loaded)
+    exec(code, names)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, device_map="auto")
+    loaded = PeftModel.from_pretrained(loaded, "my-adapter").eval()
     tokens = torch.arange(3, 31).view(2, 14).to(device)
     # Where the trainer trained under autocast, it has put that into the model's own forward.
     trained = names["trainer"].accelerator.unwrap_model(names["model"], keep_fp32_wrapper=False).eval()
     with torch.no_grad():
-        assert torch.equal(loaded["model"](tokens).logits, trained(tokens).logits)
-    exec(measure, names)
-    exec("trainer.train()", names)  # with what was added to it
-    exec("calibrate_thresholds(model, batches, target_sparsity=0.9)", names)
-    with names["SparsityMeter"](names["model"]) as meter:
-        names["model"](**names["batches"][0])
+        assert torch.equal(loaded(tokens).logits, trained(tokens).logits)
+    batches = [{"input_ids": tokens}]
+    spikelora.calibrate_thresholds(names["model"], batches, target_sparsity=0.9)  # at 0.1 some modules never fire
+    names["trainer"].add_callback(spikelora.SparsityCallback(names["trainer"]))
+    names["trainer"].train()
+    spikelora.calibrate_thresholds(names["model"], batches, target_sparsity=0.9)
+    with spikelora.SparsityMeter(names["model"]) as meter:
+        names["model"](**batches[0])
     assert meter.report().sparsity == pytest.approx(0.9, abs=0.05)
-    exec(path, names)
-    said = re.search(r"reason  # ('.*')", path)[1]
-    assert repr(names["layer"].path(names["x"]).reason) == said
 
 
 def test_sft_trainer_takes_the_config(tmp_path):
