@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spikelora import SpikeLoraError
-from spikelora.peft.config import SURROGATES, TARGET_SCOPES
+from spikelora.peft.config import SURROGATES
+from spikelora.peft.targets import TARGET_SCOPES
 
 from .methods import METHODS, adapter_config
 from .tasks import TASKS

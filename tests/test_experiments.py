@@ -765,7 +765,9 @@ class TestTables:
         store = Store(page.RESULTS)
         store.check()
         assert page.PAGE.read_text() == page.page(page.committed(), store, page.preface())
-        pictures = {name for study in page.committed() for name in page.plots.figures(study, store)}
+        pictures = {
+            name for study in page.ended(page.committed(), store)[0] for name in page.plots.figures(study, store)
+        }
         assert pictures == {path.name for path in page.PICTURES.glob("*.png")}
 
     @pytest.mark.parametrize("task", ["cola", "sst2"])
@@ -802,11 +804,13 @@ class TestTables:
             line["result"]["metrics"]["loss"] = losses[run.method][run.seed]
             store.put(run, line)
         lines = tables.markdown(read_study(study), store).splitlines()
-        assert "| difference to LoRA | p | against | difference | p |" in lines[0]
+        assert "| difference to LoRA | against | difference |" in lines[0]
+        assert lines[8].startswith("| method | p | p of that |")
         ps = [stats.ttest_rel(losses[a], losses[b]).pvalue for a, b in (("spikelora", "lora"), ("relu", "spikelora"))]
         ps.append(stats.ttest_rel(losses["relu"], losses["lora"]).pvalue)
-        assert "| spikelora v_threshold=0.1 | **+0.500 [+0.475, +0.525]** | < 0.001 |" in lines[4]
-        assert f"| {paired.holm(ps)[0]:.3f} |" in lines[3]
+        assert "| spikelora v_threshold=0.1 | **+0.500 [+0.475, +0.525]** |" in lines[4]
+        assert f"| {paired.holm(ps)[0]:.3f} |" in lines[11]
+        assert "| < 0.001 |" in lines[12]
 
     def test_a_table_that_is_not_complete_makes_no_claim_and_names_what_failed(self, study):
         values = {"lora": [4.0, 3.0, 2.0], "spikelora": [3.49, 2.5, 1.51]}
@@ -861,9 +865,36 @@ class TestTables:
     def test_the_page_links_the_pictures_that_there_is_something_to_draw_of(self, study):
         store = Store(study.parent / "results")
         store.folder.mkdir()
-        for run in read_study(study).runs[:2]:
+        for run in read_study(study).runs:
             store.put(run, canned(run))
         drawn = page.plots.plot(read_study(study), store, study.parent / "pictures")
         text = page.page([read_study(study)], store)
-        assert [path.name for path in drawn] == ["tiny-sweep.png", "tiny-history.png"]
+        assert [path.name for path in drawn] == ["tiny-sweep.png", "tiny-gradients.png", "tiny-history.png"]
         assert re.findall(r"\(results/(.*)\)", text) == [path.name for path in drawn]
+
+    def test_the_page_has_no_table_of_a_study_that_did_not_come_to_its_end(self, study):
+        store = Store(study.parent / "results")
+        store.folder.mkdir()
+        for run in read_study(study).runs[:2]:
+            store.put(run, canned(run))
+        text = page.page([read_study(study)], store)
+        assert text.endswith("## Not run, or not to the end\n\n- Tiny: 4 of 6 runs are pending.\n")
+        assert "| lora |" not in text
+
+    def test_a_frontier_has_a_line_for_each_recipe_and_a_level_for_what_is_not_sparse(self, study):
+        text = STUDY.replace('["sweep", "modules", "gradients", "history"]', '["frontier"]')
+        study.write_text(text + '\n[[methods]]\nname = "lora"\nr = 16\n')
+        store = Store(study.parent / "results")
+        store.folder.mkdir()
+        for run in read_study(study).runs:
+            line = canned(run)
+            if run.method == "spikelora":
+                sparsity = {"sparsity": 0.5 + run.v_threshold / 10, "by_module": {}}
+                line["result"]["sparsity"] = sparsity
+            store.put(run, line)
+        (picture,) = page.plots.figures(read_study(study), store).values()
+        (panel,) = picture.axes
+        assert panel.get_legend_handles_labels()[1] == ["lora", "lora r=16", "spikelora"]
+        points = panel.containers[0].lines[0]
+        assert points.get_xdata() == pytest.approx([0.51, 0.7])
+        assert points.get_ydata() == pytest.approx([-0.5, -0.5])

@@ -42,21 +42,21 @@ class Options:
     quantize: Literal["none", "8bit", "4bit"] = flag("none", "the base model's linear layers, by bitsandbytes")
     recipe: Literal["paper", "straight_through"] = flag(
         "paper",
-        "what the flags left out stand for: paper is --lora_r 8 --lora_alpha 16 --v_threshold 0.1 --surrogate atan; "
-        "straight_through is --lora_r 16 --lora_alpha 32 --v_threshold 0.25 --surrogate straight_through",
+        "what the flags left out stand for: paper is --lora_r 8 --lora_alpha 16 --surrogate atan; straight_through is "
+        "--lora_r 16 --lora_alpha 32 --surrogate straight_through --target_sparsity 0.89 --target_scope adapter",
     )
     lora_r: int | None = flag(None, "rank")
     lora_alpha: int | None = flag(None, "numerator of LoRA's scaling")
     lora_dropout: float = flag(0.0, "dropout on the adapter's input")
     lora_target_modules: str = flag("all-linear", "all-linear, comma-separated names, or a regular expression")
     use_rslora: bool = flag(False, "scale by lora_alpha / sqrt(lora_r)")
-    v_threshold: float | None = flag(None, "firing threshold")
+    v_threshold: float = flag(0.1, "firing threshold")
     tau: float = flag(2.0, "membrane time constant, > 1")
     surrogate: Literal["atan", "straight_through"] | None = flag(None, "gradient of the gate: the paper's, or another")
     target_sparsity: float | None = flag(
         None, "share of silent activations to hold during training, by the thresholds; v_threshold is where they begin"
     )
-    target_scope: Literal["module", "adapter"] = flag("module", "whose share target_sparsity is")
+    target_scope: Literal["module", "adapter"] | None = flag(None, "whose share target_sparsity is; each module's")
     learn_threshold: bool = flag(False, "train one threshold per module")
     learn_tau: bool = flag(False, "train one time constant per module")
     seed: int = flag(0, "of everything")
@@ -77,8 +77,14 @@ class Options:
 
 
 _RECIPES = {
-    "paper": {"lora_r": 8, "lora_alpha": 16, "v_threshold": 0.1, "surrogate": "atan"},
-    "straight_through": {"lora_r": 16, "lora_alpha": 32, "v_threshold": 0.25, "surrogate": "straight_through"},
+    "paper": {"lora_r": 8, "lora_alpha": 16, "surrogate": "atan", "target_sparsity": None, "target_scope": "module"},
+    "straight_through": {
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "surrogate": "straight_through",
+        "target_sparsity": 0.89,
+        "target_scope": "adapter",
+    },
 }
 
 
