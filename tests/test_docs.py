@@ -140,7 +140,8 @@ def test_commands_exist(page):
         if program == "python" and words[0] != "-m":
             assert any((ROOT / place / words[0]).exists() for place in (".", "examples/spikelora_finetuning")), words
             text = "".join(path.read_text() for path in (ROOT / "examples" / "spikelora_finetuning").glob("*.py"))
-            assert all(word[2:] in text for word in words if word.startswith("--")), words
+            is_ours = not words[0].startswith("examples/tools/")  # what lies there takes the flags of others as well
+            assert not is_ours or all(word[2:] in text for word in words if word.startswith("--")), words
 
 
 def test_messages_in_the_questions_are_the_package_s_own():
