@@ -156,7 +156,7 @@ notebooks: $(DOCS)/.ready  ## run the tutorials, and save them with their output
 		--config docs/site/notebooks.py $(or $(ARGS),docs/tutorials/*.ipynb)
 
 # An environment of its own, as vLLM pins torch and more. Without torchvision, torchaudio and torchcodec, whose builds do
-# not fit that torch, and which serving a model of text does not need. The command `vllm` looks for a package of its name.
+# not fit that torch, and which serving a model of text does not need. pip has to know PyTorch's index of CPU builds. The command `vllm` looks for a package of its name.
 SERVING := build/serving
 $(SERVING)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(SERVING)

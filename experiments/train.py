@@ -175,7 +175,10 @@ class _Training:
         return result
 
     def _operations(self, report: SparsityReport | None) -> float:
-        """Multiply-accumulates of the whole adapter for a token: `r * in + (1 - sparsity) * r * out` in each module."""
+        """Multiply-accumulates of the whole adapter for a token: `r * in + (1 - sparsity) * r * out` in each module.
+
+        As `spikelora.operations` has them, for LoRA and the controls as well, of which that one knows nothing.
+        """
         silent = {name: module.sparsity for name, module in report.modules.items()} if report else {}
         layers = {name.removeprefix("base_model.model."): layer for name, layer in self.model.named_modules()}
         layers = {name: layer for name, layer in layers.items() if hasattr(layer, "lora_A")}

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import ChainMap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +307,13 @@ def test_a_recipe_fills_in_what_is_left_out(script):
     assert resolved("--recipe=straight_through") == (16, 32, "straight_through", 0.89, "adapter")
     given = ("--lora_r=4", "--target_sparsity=0.5", "--target_scope=module")
     assert resolved("--recipe=straight_through", *given) == (4, 32, "straight_through", 0.5, "module")
+
+
+@pytest.mark.parametrize(("flags", "alpha"), [((), 10), (("--use_rslora",), 13)])
+def test_lora_beside_has_as_many_operations_and_the_same_scaling(script, flags, alpha):
+    ledger = SimpleNamespace(effective=SimpleNamespace(macs=5.2), lora_unmerged=SimpleNamespace(macs=8.0))
+    smaller = script["as_lora"](script["parse_options"](list(flags)), ledger)
+    assert (smaller.lora_r, smaller.lora_alpha) == (5, alpha)  # 16 / 8, or 16 / sqrt(8), of rank 5
 
 
 def test_zero_in_yaml_is_zero(script, tmp_path):

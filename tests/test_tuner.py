@@ -621,3 +621,30 @@ def test_a_module_that_its_model_seems_to_read_is_warned_of():
     with pytest.warns(RuntimeWarning, match="By the source of ReadsIts target module `read` is read and never called"):
         get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["read", "called"]))
     get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["called"]))
+
+
+class HandsItselfOn(ReadsIts):
+    """As the attention of diffusers does, whose processor calls its layers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.processor(
+            self,
+            x,
+        )
+
+    def processor(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module.read(x)
+
+
+class HandsAnotherOn(ReadsIts):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.processor(x) @ self.read.weight
+
+    def processor(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_module_that_is_handed_to_a_processor_is_not_warned_of():
+    get_peft_model(HandsItselfOn(), SpikeLoraConfig(target_modules=["read"]))
+    with pytest.warns(RuntimeWarning, match="By the source of HandsAnotherOn target module `read`"):
+        get_peft_model(HandsAnotherOn(), SpikeLoraConfig(target_modules=["read"]))

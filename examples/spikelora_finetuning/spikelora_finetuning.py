@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import huggingface_hub
@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from options import Options, parse_options, targets
-from results import lora_rank, measure, peak_memory, plot_sparsity, show, warn_of_silence
+from results import as_lora, measure, peak_memory, plot_sparsity, show, warn_of_silence
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder
 from spikelora import SparsityCallback, SparsityControlCallback, SpikeLoraConfig, SpikeLoraError, operations
 from texts import load_rows, load_tokenizer, split, tokenize
@@ -249,7 +249,7 @@ def main() -> None:
     after["operations"] = ledger.effective.macs
     metrics = {"recipe": options.recipe, "before": before, "spikelora": after, "reloaded_logits_identical": True}
     if options.compare_lora:
-        lora_folder, smaller = folder / "lora", replace(options, lora_r=lora_rank(ledger, options.lora_r))
+        lora_folder, smaller = folder / "lora", as_lora(options, ledger)
         lora = run(smaller, tokenizer, train_rows, val_rows, False, lora_folder, last_checkpoint(lora_folder))[2]
         lora["operations"] = ledger.lora_unmerged.macs * smaller.lora_r / options.lora_r
         if not torch.cuda.is_available():

@@ -94,7 +94,9 @@ def _read_only(parent: Any) -> frozenset[str]:
             source = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):  # of no file, such as a class that was typed in
             continue
-        if "self.processor(" in source:  # in diffusers it is handed the module, and calls its layers
+        if re.search(
+            r"\bself\.processor\(\s*self\b", source
+        ):  # in diffusers that calls the layers of what it is handed
             return frozenset()
         for line in source.splitlines():
             if "init" not in line:  # a start is no use
