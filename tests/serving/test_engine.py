@@ -96,12 +96,17 @@ def test_without_the_plugin_spiking_is_refused_and_all_else_is_the_same_to_the_b
 
 
 @pytest.mark.parametrize("made", ["llama"], indirect=True)
-def test_tensor_parallelism_is_refused(made, tmp_path):
+def test_two_processes_of_tensor_parallelism(made, tmp_path):
     base, adapters = made
+    names = [None, "mine", "other", "lora"]
 
     with Engine(base, tmp_path / "vllm.txt", tensor_parallel_size=2) as engine:
-        # The second worker's refusal then answers the next load, of whatever adapter: an error of vLLM's executor.
-        assert "not tried with `--tensor-parallel-size`" in engine.load(adapters["mine"])
+        answered = {name: engine.ask([[prompt, adapters.get(name)] for prompt in PROMPTS]) for name in names}
+        mixed = engine.ask([[prompt, adapters.get(name)] for prompt in PROMPTS for name in names])
+
+    for name in names:
+        assert [found for found, _ in answered[name]] == of_transformers(base, adapters.get(name))
+    assert [found for found, _ in mixed] == [answered[name][i][0] for i in range(len(PROMPTS)) for name in names]
 
 
 @pytest.mark.parametrize("made", ["opt"], indirect=True)

@@ -136,15 +136,13 @@ def manager(fully_sharded=False, wrapper=PunicaWrapperCPU):
 
 
 @pytest.fixture
-def groups(monkeypatch):
-    groups = {name: SimpleNamespace(world_size=1) for name in ("get_pp_group", "get_tp_group")}
-    for name, group in groups.items():
-        monkeypatch.setattr(adapters, name, lambda group=group: group)
-    return groups
+def stages(monkeypatch):
+    stages = SimpleNamespace(world_size=1)
+    monkeypatch.setattr(adapters, "get_pp_group", lambda: stages)
+    return stages
 
 
-@pytest.mark.parametrize("name", ["get_pp_group", "get_tp_group"])
-def test_settings_in_which_a_gate_could_get_lost_are_refused(name, groups):
+def test_settings_in_which_a_gate_could_get_lost_are_refused(stages):
     class ForeignWrapper(PunicaWrapperCPU):
         pass
 
@@ -153,8 +151,8 @@ def test_settings_in_which_a_gate_could_get_lost_are_refused(name, groups):
         adapters._refuse_setting(manager(fully_sharded=True))
     with pytest.raises(SpikeLoraError, match="computed by ForeignWrapper of another plugin"):
         adapters._refuse_setting(manager(wrapper=ForeignWrapper))
-    groups[name].world_size = 2
-    with pytest.raises(SpikeLoraError, match="not tried with `--tensor-parallel-size` or"):
+    stages.world_size = 2
+    with pytest.raises(SpikeLoraError, match="not tried with `--pipeline-parallel-size` above 1"):
         adapters._refuse_setting(manager())
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
-from vllm.distributed import get_pp_group, get_tp_group
+from vllm.distributed import get_pp_group
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -116,10 +116,9 @@ def _refuse_setting(manager: Any) -> None:
         raise SpikeLoraError(
             "A gate needs its activations whole, which `--fully-sharded-loras` splits. Start vLLM without it."
         )
-    if get_pp_group().world_size > 1 or get_tp_group().world_size > 1:
+    if get_pp_group().world_size > 1:
         raise SpikeLoraError(
-            "Spiking adapters were not tried with `--tensor-parallel-size` or `--pipeline-parallel-size` above 1. "
-            "Leave both at 1, and start several servers where one is too small."
+            "Spiking adapters were not tried with `--pipeline-parallel-size` above 1. Use `--tensor-parallel-size`."
         )
     for wrapper in manager.punica_wrapper_mapping.values():
         if not type(wrapper).__module__.startswith("vllm.lora.punica_wrapper."):
