@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spikelora import SpikeLoraConfig
 from spikelora.method.gate import SpikeGate
-from spikelora.method.neuron import spike_gate
+from spikelora.method.neuron import atan_surrogate, charge, spike_gate
 from spikelora.sparsity.observe import gates
 
 _NEURON = {"v_threshold": 0.1, "tau": 2.0, "target_sparsity": None, "learn_threshold": False}
@@ -24,6 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
     # LoRA of the rank with as many multiply-accumulates as SpikeLoRA of rank r needs at the sparsity `rate`.
     "lora_same_operations": {"rate": ...},
     "spikelora": _NEURON | _SURROGATE | _TARGET,
+    # The straight-through window has a width in units of the module's own threshold, or of the spread of its v.
+    "relative_window": _NEURON | {"surrogate_alpha": None} | _TARGET | {"unit": ...},
+    # Learned thresholds, which `penalty` times the share of activations that fire pushes up.
+    "l0_penalty": {"v_threshold": 0.1, "tau": 2.0} | _SURROGATE | {"penalty": ...},
     # Open where |a| >= tau * v_threshold.
     "two_sided": _NEURON,
     # max(a, 0) with its own gradient; `spikelora` at a threshold of 0 has the surrogate's beside.
@@ -55,6 +59,10 @@ def adapter_config(run: Any, task_type: str) -> LoraConfig:
     }
     if run.method in ("relu", "random_mask", "dropout"):
         neuron = {"v_threshold": 0.0}
+    if run.method == "relative_window":
+        neuron["surrogate"] = "straight_through"
+    if run.method == "l0_penalty":
+        neuron["learn_threshold"] = True
     return SpikeLoraConfig(**shared, **neuron)
 
 
@@ -66,6 +74,10 @@ def adapt(base: nn.Module, run: Any, task_type: str) -> PeftModel:
     model = get_peft_model(base, config)
     if run.method == "two_sided":
         _replace(model, TwoSidedGate)
+    elif run.method == "relative_window":
+        _replace(model, RelativeWindow, unit=run.unit)
+    elif run.method == "l0_penalty":
+        _replace(model, PenalisedGate)
     elif run.method == "relu":
         _replace(model, ReluGate)
     elif run.method in ("random_mask", "dropout"):
@@ -110,6 +122,41 @@ class TwoSidedGate(SpikeGate):
 
     def spikes(self, a: Tensor) -> Tensor:
         return super().spikes(a.abs())
+
+
+class RelativeWindow(SpikeGate):
+    """The straight-through window at `u / unit`: the unit is `|v_threshold|`, or the spread of `v` in the forward."""
+
+    unit: str
+
+    def forward(self, a: Tensor) -> Tensor:
+        for observe in self.observers:
+            observe(a)
+        v_threshold, tau = self.neuron()
+        unit = v_threshold.abs() if self.unit == "threshold" else charge(a.detach(), tau).std()
+        alpha: Any = self.surrogate_alpha / unit.detach().clamp(min=1e-6)
+        return spike_gate(a, v_threshold, tau, alpha, self.straight_through)
+
+
+class PenalisedGate(SpikeGate):
+    """A gate that keeps the share of its activations that fire, with the surrogate's derivative by the threshold alone.
+
+    So JumpReLU is trained (Rajamanoharan et al., arXiv 2407.14435), with another pseudo-derivative.
+    """
+
+    fired: Tensor | None = None
+
+    def forward(self, a: Tensor) -> Tensor:
+        v_threshold, tau = self.neuron()
+        u = charge(a.detach(), tau) - v_threshold
+        slope = atan_surrogate(u.detach(), self.surrogate_alpha) * u
+        self.fired = ((u >= 0) + slope - slope.detach()).mean()
+        return super().forward(a)
+
+
+def fired(model: nn.Module) -> Tensor:
+    """Share of activations that fired in the last forward, the mean over the modules of `l0_penalty`."""
+    return torch.stack([gated.gate.fired for gated in gates(model)]).mean()
 
 
 class ReluGate(SpikeGate):

@@ -59,6 +59,8 @@ class Run:
     target_warmup: float | None = None
     rate: float | None = None
     position: str | None = None
+    unit: str | None = None
+    penalty: float | None = None
     # Training.
     epochs: int = 4
     batch_size: int = 32  # of all processes together
@@ -136,7 +138,7 @@ _KEYS = {*_TEXTS, "part", "show", "order", "model", "task", "seeds", "settings",
 _SHOWN = ("sweep", "modules", "gradients", "history", "frontier")
 _TYPES = {f.name: f.type for f in fields(Run)}
 _OWN = {"v_threshold", "tau", "target_sparsity", "target_scope", "target_warmup", "learn_threshold", "surrogate"}
-_OWN |= {"surrogate_alpha", "rate", "position"}
+_OWN |= {"surrogate_alpha", "rate", "position", "unit", "penalty"}
 # What each field of a run has to be, beside its type.
 _LIMITS = {
     "learning_rate": (lambda v: v > 0, "above 0"),
@@ -152,6 +154,8 @@ _LIMITS = {
     "surrogate": (lambda v: v in SURROGATES, f"one of {', '.join(SURROGATES)}"),
     "surrogate_alpha": (lambda v: v > 0, "above 0"),
     "position": (lambda v: v in ("A", "B", "BA"), "A, B or BA"),
+    "unit": (lambda v: v in ("threshold", "spread"), "threshold or spread"),
+    "penalty": (lambda v: v >= 0, "at least 0"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),

@@ -21,7 +21,7 @@ import spikelora
 from spikelora import SparsityControlCallback, SparsityMeter, SparsityReport
 
 from . import models
-from .methods import adapt
+from .methods import adapt, fired
 from .study import Run
 from .tasks import METRICS, TASKS, Task, batches_of, encode
 
@@ -123,7 +123,8 @@ class _Training:
                 for batch in batches:
                     mine = batch[rank::processes] or batch[:1]  # all take part in each step
                     loss = trained(**self._collate([self.train_rows[n] for n in mine])).loss
-                    self.accelerator.backward(loss)
+                    penalty = 0.0 if run.penalty is None else run.penalty * fired(self.model)
+                    self.accelerator.backward(loss + penalty)
                     norms.append(torch.stack(torch._foreach_norm([p.grad for *_, p in self.adapters])))
                     nn.utils.clip_grad_norm_(self._trained(), run.clipping)
                     optimizer.step()

@@ -21,7 +21,7 @@ import torch
 from conftest import tiny_opt
 from experiments import page, paired, runner, tables, tasks
 from experiments.__main__ import main
-from experiments.methods import RandomMask, adapt, rank_of_same_operations
+from experiments.methods import RandomMask, adapt, fired, rank_of_same_operations
 from experiments.store import SCHEMA, Store
 from experiments.study import Run, StudyError, read_study
 from experiments.train import train
@@ -343,6 +343,34 @@ class TestControls:
         expected = (size >= 1).float() + size * surrogate / 2
         expected[0, 2] = 0  # sign(0) is 0
         torch.testing.assert_close(a.grad, expected)
+
+    @pytest.mark.parametrize("unit", ["threshold", "spread"])
+    def test_the_relative_window_by_value(self, unit):
+        gate = self.gate("relative_window", v_threshold=0.25, tau=2.0, surrogate_alpha=0.5, unit=unit)
+        a = self.a.clone().requires_grad_()
+        gate(a).sum().backward()
+        v = self.a / 2
+        width = 0.25 if unit == "threshold" else v.std()
+        window = 1 / (1 + (math.pi / 2 * 0.5 * (v - 0.25) / width) ** 2)
+        torch.testing.assert_close(a.grad, torch.where(v >= 0.25, torch.ones(()), window))
+
+    def test_the_penalty_pushes_the_threshold_by_the_surrogate_and_leaves_activations_alone(self):
+        model = adapted("l0_penalty", v_threshold=0.25, tau=2.0, penalty=1.0).train()
+        model(input_ids=torch.arange(10, 26).view(2, 8))
+        share = fired(model)
+        shares = []
+        for gated in gates(model):
+            gated.gate.observers = (lambda a, gate=gated.gate: shares.append(gate.spikes(a).float().mean().item()),)
+        model(input_ids=torch.arange(10, 26).view(2, 8))
+        assert share.item() == pytest.approx(sum(shares) / len(shares))
+        assert 0 < share.item() < 1
+        gate = gates(model)[0].gate
+        a = self.a.clone().requires_grad_()
+        gate(a)
+        gate.fired.backward()
+        surrogate = 1 / (1 + (math.pi * (self.a / 2 - 0.25)) ** 2)
+        assert a.grad is None
+        torch.testing.assert_close(gate.v_threshold.grad, -surrogate.mean().view(1))
 
     def test_the_relu_by_value(self):
         a = self.a.clone().requires_grad_()
