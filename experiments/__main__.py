@@ -75,7 +75,7 @@ def _plot(study: Study, store: Store, options: argparse.Namespace) -> int:
 def _page(store: Store) -> int:
     store.check()
     studies = page.committed()
-    drawn = {path for study in page.ended(studies, store)[0] for path in plots.plot(study, store, page.PICTURES)}
+    drawn = {path for study in page.ended(studies, store) for path in plots.plot(study, store, page.PICTURES)}
     for stale in set(page.PICTURES.glob("*.png")) - drawn:
         stale.unlink()
     page.PAGE.write_text(page.page(studies, store, page.preface()))

@@ -26,23 +26,17 @@ def committed() -> list[Study]:
 def page(studies: list[Study], store: Store, preface: str = "") -> str:
     """The whole page: the preface, then each study that came to its end: its question, finding, tables and pictures."""
     parts = [HEAD, *([preface] if preface else []), "## How to read the tables\n", tables.NOTE + "\n"]
-    whole, others = ended(studies, store)
-    for study in whole:
+    for study in ended(studies, store):
         parts.append(f"## {study.title}\n")
         parts += [f"{text}\n" for text in (study.question, study.finding) if text]
         parts.append(tables.markdown(study, store))
         parts += [f"![{study.title}](results/{name})\n" for name in plots.figures(study, store)]
-    if others:
-        parts.append("## Not run, or not to the end\n")
-        parts += [f"- {study.title}: {pending} of {len(study.runs)} runs are pending." for study, pending in others]
-        parts.append("")
     return "\n".join(parts)
 
 
-def ended(studies: list[Study], store: Store) -> tuple[list[Study], list[tuple[Study, int]]]:
-    """The studies all of whose runs have a line, and the others with the number of runs that have none."""
-    pending = [(study, sum(store.get(run) is None for run in study.runs)) for study in studies]
-    return [study for study, n in pending if not n], [(study, n) for study, n in pending if n]
+def ended(studies: list[Study], store: Store) -> list[Study]:
+    """The studies all of whose runs have a line. Those that need the hub, a GPU or a file that is not here are none."""
+    return [study for study in studies if all(store.get(run) is not None for run in study.runs)]
 
 
 def preface() -> str:
