@@ -31,7 +31,7 @@ HEAD = """# Held sparsities and fixed thresholds
 
 Made by `python experiments/target_sparsity.py`: the small model and the text of the example with {held_out:.0%} of the
 passages held out, {steps} updates, seed 0, on CPU cores, torch {torch}. Measured on the held-out text without padding.
-Each line is a single run. A target is missed where the whole is off by more than {tolerance} or a module by more than
+Each line is a single run. A target is missed if the whole is off by more than {tolerance}, or a module by more than
 {module_tolerance}.
 """
 
@@ -93,7 +93,7 @@ def text(table: pd.DataFrame) -> str:
         )
     lines += [
         "",
-        "The last column lies on the line between the two runs of fixed thresholds around that sparsity:",
+        "The last column is interpolated between the two runs of fixed thresholds on either side of that sparsity:",
         "",
         "| `v_threshold` | sparsity | modules, lowest and highest | of 24 never fire before, after | loss |",
         "|---|---|---|---|---|",
