@@ -49,16 +49,16 @@ class SpikeLoraConfig(LoraConfig):
         v_threshold: firing threshold of every adapted module, finite, in the units of `a / tau`. Negative values open
             the gate wider, down to plain LoRA.
         tau: membrane time constant, > 1.
-        surrogate: the gradient of the gate by `a`: "atan", the paper's surrogate gradient, or "straight_through", a
-            straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
+        surrogate: the gradient of the gate by `a`. "atan" is the paper's surrogate gradient; "straight_through" is a
+        straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
         surrogate_alpha: sharpness of that gradient, > 0; the larger, the narrower.
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
-        target_sparsity: share of silent activations, between 0 and 1, at which a `SparsityControlCallback` holds the
-            adapter during training by its thresholds; without one it does nothing.
-        target_scope: of what the target is the share: of each "module", or of the "adapter" as a whole, whose modules
-            then find their own shares.
+        target_sparsity: share of silent activations, between 0 and 1. A `SparsityControlCallback` holds it during
+        training by moving the thresholds; without the callback it does nothing.
+        target_scope: what has to reach the target: each "module", or the "adapter" as a whole, whose modules then
+        differ in their sparsity.
         target_tolerance: how far from the target the adapter may end before the callback warns.
 
     Raises:
@@ -71,7 +71,7 @@ class SpikeLoraConfig(LoraConfig):
         default=0.1,
         metadata={"help": "Firing threshold, finite; negative values open the gate wider, down to plain LoRA."},
     )
-    # PEFT's own layers refuse a config with a truthy field so marked, which keeps them from building an ungated LoRA.
+    # PEFT's own layers refuse a config with a truthy field marked like this, so they never build an ungated LoRA.
     tau: float = field(default=2.0, metadata={"help": "Membrane time constant, > 1.", "is_lora_variant": True})
     surrogate: str = field(
         default="atan",
@@ -165,7 +165,7 @@ class SpikeLoraConfig(LoraConfig):
                 _check_regex(name, getattr(self, name))
 
     def _everywhere(self, name: str, pattern_name: str) -> list[tuple[str, Any]]:
-        """The value of a field and those of its pattern, each with a name for messages."""
+        """The value of a field and the values of its pattern, each with a name for messages."""
         patterns = _patterns(pattern_name, getattr(self, pattern_name))
         return [(name, getattr(self, name)), *((f"{pattern_name}[{key!r}]", value) for key, value in patterns.items())]
 
@@ -191,7 +191,7 @@ class SpikeLoraConfig(LoraConfig):
         """Save the configuration as PEFT does.
 
         Raises:
-            SpikeLoraError: where there are weights that are a pickle, and would not be loaded.
+            SpikeLoraError: if the folder has weights as a pickle, which would not load.
         """
         refuse_pickle(Path(save_directory))  # PEFT writes the weights first
         super().save_pretrained(save_directory, **kwargs)
@@ -203,7 +203,7 @@ class SpikeLoraConfig(LoraConfig):
         """Load the configuration from a folder or a hub repository, as PEFT does.
 
         Raises:
-            SpikeLoraError: where the adapter in a local folder is of another method, damaged or incomplete.
+            SpikeLoraError: if the adapter in a local folder is of another method, damaged or incomplete.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
@@ -223,14 +223,14 @@ class SpikeLoraConfig(LoraConfig):
     def check_folder(
         self, name_or_path: str | os.PathLike[str], subfolder: str | None = None, needed: bool = False, **kwargs: Any
     ) -> None:
-        """Raise a `SpikeLoraError` where the weights beside this configuration are not whole, or not its own.
+        """Raise a `SpikeLoraError` if the weights next to this configuration are not whole, or not its own.
 
         Args:
-            name_or_path: a local folder, or a hub repository, from which the weights of a saved adapter are fetched.
+            name_or_path: a local folder, or a hub repository from which the weights are fetched.
             subfolder: where in there the adapter is.
-            needed: whether weights have to be there, as beside the configuration of a saved adapter, which has
-                `inference_mode` set; a configuration that was saved by itself may lie alone.
-            kwargs: what else the hub is asked with, such as `revision`.
+            needed: whether weights have to be there. A saved adapter, whose configuration has `inference_mode` set,
+            needs them; a configuration that was saved by itself does not.
+            kwargs: further arguments for the hub, such as `revision`.
         """
         folder = Path(name_or_path, subfolder or "")
         needed = needed or self.inference_mode

@@ -1,4 +1,4 @@
-"""A spiking adapter on its way into vLLM: read, checked against the served model, refused where it does not fit."""
+"""A spiking adapter on its way into vLLM: read, checked against the served model, and refused if it does not fit."""
 
 import json
 from dataclasses import MISSING, fields
@@ -20,14 +20,14 @@ from spikelora.peft.config import SpikeLoraConfig
 from spikelora.serving.gate import GatedWrapper
 
 _ELSEWHERE = "Serve it with PEFT, or a LoRA made of it by `spikelora.to_lora`."
-# Fields of the configuration that the tensors of a gate say themselves, or that matter in training alone. What another
-# field would change in the forward, the served gate would not know.
+# Fields of the configuration that the gate's tensors contain themselves, or that matter only in training. Any other
+# field might change the forward in a way that the served gate does not know.
 _KNOWN = {"v_threshold", "tau", "learn_threshold", "learn_tau", "threshold_pattern"}
 _KNOWN |= {"surrogate", "surrogate_alpha", "target_sparsity", "target_scope", "target_tolerance"}
 
 
 def is_spiking(folder: Path) -> bool:
-    """Whether anything in an adapter's folder says that it is spiking; not where its configuration is unreadable."""
+    """Whether anything in an adapter's folder says that it is spiking; False if its configuration cannot be read."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError):
@@ -38,12 +38,12 @@ def is_spiking(folder: Path) -> bool:
 
 
 def read(folder: Path, weights_mapper: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The tensors of A and B in a spiking adapter's folder, and by vLLM's names of modules what stays silent there.
+    """The tensors of A and B in a spiking adapter's folder, and what stays silent, by vLLM's names of modules.
 
-    The latter is the greatest `a` in float32 that does not fire, NaN where all fires: see `ops/firing.py`.
+    The latter is the greatest `a` in float32 that does not fire, or NaN if all fires: see `ops/firing.py`.
 
     Raises:
-        SpikeLoraError: where the adapter is damaged, incomplete, or of a kind that has no place in vLLM.
+        SpikeLoraError: if the adapter is damaged, incomplete, or of a kind that vLLM cannot gate.
     """
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, SpikeLoraConfig):
@@ -76,7 +76,7 @@ def _refuse_unknown(config: SpikeLoraConfig) -> None:
 
 
 def fit(manager: Any, lora: Any, silent: dict[str, float]) -> dict[str, list[float]]:
-    """By the modules of the served model one number for each slice of those that the adapter has, from `read`.
+    """The numbers from `read` by modules of the served model, one for each slice of a module that the adapter has.
 
     Args:
         manager: vLLM's `LoRAModelManager`.
@@ -84,12 +84,12 @@ def fit(manager: Any, lora: Any, silent: dict[str, float]) -> dict[str, list[flo
         silent: the number of each module of the adapter.
 
     Raises:
-        SpikeLoraError: where a module of the adapter has no place in the model, or one without a gate.
+        SpikeLoraError: if a module of the adapter has no place in the model, or a place without a gate.
     """
     _refuse_setting(manager)
     slices, placed = {}, set()
     for name, layer in manager.modules.items():
-        # Packed together is what is one layer here and several in the adapter, such as q, k and v.
+        # Several modules of the adapter, such as q, k and v, may be packed into one layer here.
         parts = [manager._get_lora_layer_weights(lora, part) for part in manager.packed_modules.get(name, [name])]
         if not any(parts):
             continue
@@ -130,7 +130,7 @@ def _refuse_setting(manager: Any) -> None:
 
 def _check_shapes(name: str, layer: Any, parts: list[Any]) -> None:
     base = layer.base_layer
-    if hasattr(base, "total_num_kv_heads"):  # of q, k and v; `output_sizes` counts keys that are held twice
+    if hasattr(base, "total_num_kv_heads"):  # of q, k and v; `output_sizes` counts duplicated keys twice
         sizes = [n * base.head_size for n in (base.total_num_heads, base.total_num_kv_heads, base.total_num_kv_heads)]
     else:
         sizes = list(getattr(base, "output_sizes", [base.output_size]))
