@@ -129,8 +129,8 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
         )
     if len(model.active_adapters) != 1:
         raise SpikeLoraError(
-            f"{len(model.active_adapters)} adapters are active, and one is turned into LoRA at a time. Choose it by "
-            "`set_adapter`."
+            f"{len(model.active_adapters)} adapters are active, and only one can be turned into LoRA at a time. Choose "
+            "it with `set_adapter`."
         )
     (adapter,) = model.active_adapters
     found = [gated for gated in gates(model) if gated.adapter == adapter]
@@ -190,8 +190,8 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
         )
     if len(model.peft_config) != 1:
         raise SpikeLoraError(
-            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and one alone can be made to "
-            "spike. Take the others off by `delete_adapter`, or load that one by itself."
+            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and only a single one can be made "
+            "to spike. Take the others off with `delete_adapter`, or load that one by itself."
         )
     ((adapter, plain),) = model.peft_config.items()
     values = {f.name: copy.copy(getattr(plain, f.name)) for f in fields(LoraConfig) if f.init}

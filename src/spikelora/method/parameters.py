@@ -52,7 +52,7 @@ class NeuronParameters(nn.Module):
         if not v_threshold.dtype == tau.dtype == torch.float32:
             raise SpikeLoraError(
                 f"`v_threshold` and `tau` were cast to {v_threshold.dtype} and {tau.dtype}, but have to stay float32. "
-                "Take FSDP2 where FSDP1 casts buffers, and leave `SpikeGate` out where you cast by hand."
+                "Use FSDP2 if FSDP1 casts buffers, and leave `SpikeGate` out if you cast by hand."
             )
         return v_threshold, tau
 

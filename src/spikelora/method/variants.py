@@ -21,8 +21,7 @@ def refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise a `SpikeLoraError`; it replaces every method that would turn an adapter into a weight."""
     raise SpikeLoraError(
         "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight, as its gate depends on the input. "
-        "Serve it unmerged, or make a mergeable LoRA of it by `to_lora(model, batches)`, which says how far that is "
-        "off."
+        "Serve it unmerged, or make a mergeable LoRA from it with `to_lora(model, batches)`, which says what is lost."
     )
 
 

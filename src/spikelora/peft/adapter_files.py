@@ -100,7 +100,9 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         if name not in known:
             raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
         if not tensor.is_floating_point():
-            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}, which no weight is. {_REMEDY}")
+            raise SpikeLoraError(
+                f"`{name}` in the adapter's file is in {tensor.dtype}, and weights never are. {_REMEDY}"
+            )
         if ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
                 f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
@@ -119,7 +121,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             if value.shape != (1,) or not value.isfinite().all() or value.float() < lowest:
                 raise SpikeLoraError(
                     f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}, "
-                    f"but a threshold is one finite number and tau is one above 1. {_REMEDY}"
+                    f"but a threshold is one finite number and tau one number above 1. {_REMEDY}"
                 )
     _warn_of_rounded(tensors, modules)
 
@@ -135,8 +137,8 @@ def _warn_of_rounded(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> N
             rounded.append(f"`{name}`, which is {value:.8g} and was probably {before:g}")
     if rounded:
         warnings.warn(
-            f"Somebody has rounded numbers of neurons in the adapter's file to half precision, {len(rounded)} of them, "
-            f"such as {rounded[0]}. Load the adapter that training saved, or calibrate its thresholds again.",
+            f"{len(rounded)} numbers of neurons in the adapter's file were rounded to half precision, such as "
+            f"{rounded[0]}. Load the adapter that training saved, or calibrate its thresholds again.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -22,14 +22,14 @@ from spikelora.peft.targets import check_scope, check_target
 # Options of LoRA that contradict the gate, and what to do instead.
 _REFUSED = {
     "use_dora": "DoRA renormalises a merged weight, and a gated update is not a weight. Leave `use_dora=False`",
-    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, past the gate. "
+    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, without the gate. "
     "Target modules through `target_modules`",
-    "alora_invocation_tokens": "aLoRA brings a forward of its own, without the gate. Leave it at None",
+    "alora_invocation_tokens": "aLoRA brings its own forward, without the gate. Leave it at None",
     "arrow_config": "Arrow routes between linear adapters. Leave it at None",
-    "use_bdlora": "BD-LoRA brings factors of its own, without the gate. Leave it at None",
-    "velora_config": "VeLoRA brings a backward of its own, without the gate. Leave it at None",
+    "use_bdlora": "BD-LoRA brings its own factors, without the gate. Leave it at None",
+    "velora_config": "VeLoRA brings its own backward, without the gate. Leave it at None",
     "kasa_config": "KaSA truncates the base weight for a linear adapter. Leave it at None",
-    "monteclora_config": "MonteCLoRA brings a forward of its own, without the gate. Leave it at None",
+    "monteclora_config": "MonteCLoRA brings its own forward, without the gate. Leave it at None",
     "use_qalora": "QALoRA pools the input for a mergeable adapter. Leave `use_qalora=False`",
     "megatron_config": "PEFT's Megatron layers never ask for the gate. Leave it at None",
     "lora_bias": "a bias on `lora_B` would pass while every gate is silent. Leave `lora_bias=False`, "
@@ -256,8 +256,8 @@ class SpikeLoraConfig(LoraConfig):
             file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
         except EntryNotFoundError as error:
             raise SpikeLoraError(
-                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline, and a pickle is "
-                "never loaded. Save the adapter again, which PEFT does with safetensors."
+                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none in the cache while offline, and a pickle is "
+                "never loaded. Save the adapter again: PEFT then writes safetensors."
             ) from error
         return Path(file).parent
 

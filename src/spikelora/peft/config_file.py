@@ -39,7 +39,7 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
     if "peft_type" in attributes and method not in list(PeftType):
         raise SpikeLoraError(
             f"{file} cannot be read: its `peft_type` {method!r} is none that PEFT knows here. Upgrade `peft` or "
-            "import the package that brings the method and, should it be SPIKELORA, copy or save the adapter again."
+            "import the package that brings the method; if it should be SPIKELORA, copy or save the adapter again."
         )
     if method != PeftType.SPIKELORA:
         if attributes.get("use_spikelora"):
@@ -59,10 +59,10 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
         )
     for name, value in attributes.items():
         if not _is_a(value, hints[name]):
-            raise SpikeLoraError(f"`{name}` in {file} is {value!r}, which it cannot be. {remedy}")
+            raise SpikeLoraError(f"`{name}` in {file} is {value!r}, which is not of its type. {remedy}")
     missing = sorted(_SCALING - attributes.keys())
     if missing and holds_gates(file.parent):
-        raise SpikeLoraError(f"{file} has no {', '.join(missing)}, on which the scaling of its weights rests. {remedy}")
+        raise SpikeLoraError(f"{file} has no {', '.join(missing)}, which the scaling of its weights needs. {remedy}")
 
 
 def with_known_surrogate(file: Path, attributes: dict[str, Any]) -> dict[str, Any]:

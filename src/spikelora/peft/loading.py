@@ -83,7 +83,7 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         if key not in state and key.endswith(".modules_to_save.bias"):
             continue
         if key not in state:
-            raise SpikeLoraError(f"The adapter's file has `{key}`, which the model has not: {_OTHER_BASE}")
+            raise SpikeLoraError(f"The adapter's file has `{key}`, which the model does not have: {_OTHER_BASE}")
         if not own.search(key):  # of a module that is trained whole; PEFT checks these itself
             continue
         shape, expected_shape = tuple(tensor.shape), tuple(state[key].shape)
@@ -103,9 +103,9 @@ def _refuse_lost_gates(tensors: Iterable[str]) -> None:
     """Raise a `SpikeLoraError` if tensors for another method have gates, as in a file that says LORA."""
     if any(".lora_gate." in key for key in tensors):
         raise SpikeLoraError(
-            "The adapter's weights have gates, and PEFT loads them as of another method: it would run without its "
-            "gates. Copy or save it again, or where a program takes LoRA alone, as `load_lora_adapter` of diffusers, "
-            "use `add_adapter` with its SpikeLoraConfig, then `peft.set_peft_model_state_dict`."
+            "The adapter's weights have gates, but PEFT loads them for another method: it would run without its gates. "
+            "Copy or save it again or, if a program takes only LoRA, as `load_lora_adapter` of diffusers does, use "
+            "`add_adapter` with its SpikeLoraConfig, then `peft.set_peft_model_state_dict`."
         )
 
 

@@ -75,8 +75,8 @@ def check_called(parent: nn.Module, name: str) -> None:
         )
     if child in _read_only(parent_type):
         warnings.warn(
-            f"By the source of {parent_type.__name__} target module `{name}` is read and never called: where that is "
-            "so, its adapter and its gate never run. A `SparsityMeter` shows it, as a module with no token.",
+            f"The source of {parent_type.__name__} reads target module `{name}` and never calls it: if so, its adapter "
+            "and its gate never run. A `SparsityMeter` shows it, as a module with no token.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -78,8 +78,8 @@ class SpikeLoraModel(LoraModel):
                 layer.lora_gate[adapter_name].made_like = alike[0]
         if experts:
             warnings.warn(
-                f"The target_modules stand for {', '.join(f'`{name}`' for name in sorted(experts))} as well, stacked "
-                "parameters that no gate can be put on; they are not adapted, where PEFT's LoRA would adapt them.",
+                f"The target_modules also stand for {', '.join(f'`{name}`' for name in sorted(experts))}. No gate can "
+                "be put on these stacked parameters: they are not adapted, though PEFT's LoRA would adapt them.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -184,8 +184,8 @@ def _check_whole(name: str, target: nn.Module) -> None:
     if plan is not None or any(placement.is_shard() for placement in placements):
         raise SpikeLoraError(
             f"Target module `{name}` is split over processes ({plan or 'its weight is a sharded DTensor'}): a gate "
-            "needs the whole of `a`, and a part of the layer gives a part of it. Load the model without `tp_plan`, put "
-            "the adapter on it, and share it out by FSDP2 afterwards."
+            "needs the whole of `a`, and a part of the layer gives only a part of it. Load the model without "
+            "`tp_plan`, put the adapter on it, and shard it with FSDP2 afterwards."
         )
 
 

@@ -19,7 +19,7 @@ from spikelora.peft.adapter_files import holds_gates, low_rank_names
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.serving.gate import GatedWrapper
 
-_ELSEWHERE = "Serve it with PEFT, or a LoRA made of it by `spikelora.to_lora`."
+_ELSEWHERE = "Serve it with PEFT, or serve a LoRA that `spikelora.to_lora` makes of it."
 # Fields of the configuration that the gate's tensors contain themselves, or that matter only in training. Any other
 # field might change the forward in a way that the served gate does not know.
 _KNOWN = {"v_threshold", "tau", "learn_threshold", "learn_tau", "threshold_pattern"}
@@ -55,7 +55,7 @@ def read(folder: Path, weights_mapper: Any) -> tuple[dict[str, Tensor], dict[str
     for module, (down, _) in low_rank_names(tensors).items():
         if tensors[down].dim() != 2 or ".lora_embedding_" in down:
             kind = "an embedding" if ".lora_embedding_" in down else "a convolution"
-            raise SpikeLoraError(f"`{module}` is {kind}, in which vLLM has no place for a gate. {_ELSEWHERE}")
+            raise SpikeLoraError(f"`{module}` is {kind}, where vLLM has no place for a gate. {_ELSEWHERE}")
         gate = f"{module}.lora_gate"
         v_threshold, tau = tensors.pop(f"{gate}.v_threshold"), tensors.pop(f"{gate}.tau")
         number = firing(torch.empty(0, dtype=torch.float32, device="cpu"), v_threshold, tau)
@@ -114,7 +114,7 @@ def fit(manager: Any, lora: Any, silent: dict[str, float]) -> dict[str, list[flo
 def _refuse_setting(manager: Any) -> None:
     if manager.lora_config.fully_sharded_loras:
         raise SpikeLoraError(
-            "A gate needs its activations whole, which `--fully-sharded-loras` splits. Start vLLM without it."
+            "`--fully-sharded-loras` splits the activations, and a gate needs them whole. Start vLLM without it."
         )
     if get_pp_group().world_size > 1:
         raise SpikeLoraError(
@@ -123,7 +123,7 @@ def _refuse_setting(manager: Any) -> None:
     for wrapper in manager.punica_wrapper_mapping.values():
         if not type(wrapper).__module__.startswith("vllm.lora.punica_wrapper."):
             raise SpikeLoraError(
-                f"LoRA is computed by {type(wrapper).__name__} of another plugin, which may pass the gate by. Start "
+                f"LoRA is computed by {type(wrapper).__name__} of another plugin, which may skip the gate. Start "
                 "vLLM without that plugin."
             )
 

@@ -197,8 +197,8 @@ def _composed_backward(
     surrogate_alpha, straight_through, scaling, dropout, _ = numbers
     if x is None:
         raise SpikeLoraError(
-            "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen. "
-            "Train `lora_A` as well, or take the plain path by `with force_path(Path.PLAIN)`."
+            "A second backward needs the input of each spiking layer, which is not kept if `lora_A` is frozen. "
+            "Train `lora_A` as well, or take the plain path with `with force_path(Path.PLAIN)`."
         )
 
     def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:

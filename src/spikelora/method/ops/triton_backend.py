@@ -48,7 +48,7 @@ def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, 
             adapter_backward(y, x, x, a, A, B, v_threshold, tau, 1.0, False, 1.0, 1.0, (True,) * 4)
     except Exception as error:  # of Triton, its compiler or the driver, which have no common class
         warnings.warn(
-            f"Triton's kernels do not run on {device} for {dtype} at rank {rank}, so that adapters take plain torch, "
+            f"Triton's kernels do not run on {device} for {dtype} at rank {rank}: adapters take plain torch, "
             f"which is slower ({type(error).__name__}: {error}). They need a GPU of compute capability 8.0 or newer, a "
             "C compiler (`CC`, or gcc on the path) and Python's headers.",
             RuntimeWarning,
