@@ -2,8 +2,8 @@
 
     python experiments/conversions.py
 
-`examples/spikelora_finetuning/spikelora_finetuning.py` trains what is converted; runs that have finished are not
-repeated. Writes `docs/conversions.md`. About 8 minutes on two CPU cores.
+`examples/spikelora_finetuning/spikelora_finetuning.py` trains the adapters that are converted. Runs that have finished
+are not repeated. Writes `docs/conversions.md`. About 8 minutes on two CPU cores.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ The loss is that of the held-out text; without an adapter it is {without:.3f}. T
 
 
 class Conversions:
-    """The example's model and rows, with its own functions."""
+    """The example's model and rows, loaded with its own functions."""
 
     def __init__(self) -> None:
         self.options = parse_options([])

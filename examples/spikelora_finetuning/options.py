@@ -72,7 +72,7 @@ class Options:
 
     @property
     def source(self) -> str:
-        """Where the base model comes from."""
+        """Hub id or folder of the base model."""
         return self.base_model or str(EMBEDDED_MODEL)
 
 
@@ -124,7 +124,7 @@ def parse_options(arguments: list[str]) -> Options:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a path, and must not be looked up on the hub."""
+    """Whether a name can only be a path, so that it is not looked up on the hub."""
     return name.startswith((".", "/", "~"))
 
 
