@@ -1,4 +1,4 @@
-"""The command, as a shell calls it: what it prints, writes and ends with."""
+"""The command, as a shell calls it: what it prints and writes, and its exit status."""
 
 import json
 import shutil

@@ -1,7 +1,7 @@
-"""Whatever is done to a saved adapter, loading it gives the adapter that was saved, or a clear error and no change.
+"""Whatever is done to a saved adapter, loading it gives the saved adapter, or a clear error and no change.
 
-What cannot be told from another trained adapter is left out here: a bit of a weight that flips to another finite
-number, or a digit of `lora_alpha`; see docs/files.md.
+Damage that looks like another trained adapter is left out here: a bit of a weight that flips to another finite number,
+or a digit of `lora_alpha`; see docs/files.md.
 """
 
 import json

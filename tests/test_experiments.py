@@ -1,4 +1,4 @@
-"""The study: bad input stops it before anything runs, an interrupted one goes on, its tables are made of results."""
+"""The study: bad input stops it before anything runs, an interrupted one goes on, its tables are made from results."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The report says what is in a folder, and that something is missing where it is."""
+"""The report says what is in a folder, and what is missing."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`vllm serve` on the loopback, asked by OpenAI's client; its adapters of the start and of run time, and refusals."""
+"""`vllm serve` on the loopback, asked by OpenAI's client: adapters given at the start and at run time, and refusals."""
 
 import asyncio
 import json
