@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random_mask": {"rate": ...},
     # Dropout on `a`: only in training, with the rest scaled by 1 / (1 - rate).
     "dropout": {"rate": ...},
-    # The gate behind A, behind B, or both.
+    # The gate after A, after B, or both.
     "position": {"position": ..., "v_threshold": 0.1, "tau": 2.0},
 }
 

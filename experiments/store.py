@@ -93,7 +93,7 @@ class Store:
         except OSError as error:
             raise StudyError(f"{path}: cannot be read ({error.strerror}); results are files") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StudyError(f"{where}: is no JSON ({error}); remove the file, and the run is done again") from error
+            raise StudyError(f"{where}: is not JSON ({error}); remove the file, and the run is done again") from error
         if len(lines) != 1:
             last = max(1, len(lines))
             raise StudyError(f"{path}, line {last}: a result is one line, this file has {len(lines)}; remove it")

@@ -186,7 +186,7 @@ class _Reader:
         except OSError as error:
             raise StudyError(f"{path}: cannot be read ({error.strerror}); give the path of a study file") from error
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise StudyError(f"{path}: is no TOML: {error}") from error
+            raise StudyError(f"{path}: is not TOML: {error}") from error
 
     def study(self) -> Study:
         values = self.values

@@ -67,7 +67,7 @@ class Options:
     push_to_hub: bool = flag(False, "upload the finished run")
     hub_model_id: str | None = flag(None, "repository to upload to")
     compare_lora: bool = flag(
-        False, "train plain LoRA of as many operations on the same rows, seed and budget, and show it beside"
+        False, "also train plain LoRA with as many operations, on the same rows, seed and budget, and show both"
     )
 
     @property

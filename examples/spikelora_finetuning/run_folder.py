@@ -35,7 +35,7 @@ def prepare_folder(folder: Path, options: Options, now: SpikeLoraConfig) -> Path
     if options.resume_from_checkpoint.lower() not in ("last", "true"):
         found = Path(options.resume_from_checkpoint)
         if not (found / "trainer_state.json").exists():
-            sys.exit(f"--resume_from_checkpoint {found} is no checkpoint of a run: it has no trainer_state.json")
+            sys.exit(f"--resume_from_checkpoint {found} is not a checkpoint of a run: it has no trainer_state.json")
     if found is None:
         print(f"{folder} has no checkpoint yet: starting from the beginning")
         return None

@@ -176,7 +176,7 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
         }
     after = measure(model, val_rows, collator, options, "held-out text, after")
     if not math.isfinite(after["loss"]):
-        sys.exit("the held-out loss is no number any more: training diverged. Lower --learning_rate")
+        sys.exit("the held-out loss is not a number any more: training diverged. Lower --learning_rate")
     adapter = {"r": options.lora_r, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
     return trainer, before, after | trained | adapter
 

@@ -105,7 +105,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
         if ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
-                f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
+                f"`{name}` in the adapter's file holds values that are not finite numbers: it is damaged, or its "
                 "training diverged. Copy it again, train with a lower learning rate, or take an earlier checkpoint."
             )
     for module, (down, up) in modules.items():

@@ -208,7 +208,7 @@ class SpikeLoraConfig(LoraConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
             raise SpikeLoraError(
-                f"{folder} has no {CONFIG_NAME}: it is no adapter, or a part of it is missing. Give an adapter's "
+                f"{folder} has no {CONFIG_NAME}: it is not an adapter, or a part of it is missing. Give an adapter's "
                 "folder, or copy the whole of it again."
             )
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -290,6 +290,6 @@ def _check_regex(name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (TypeError, re.error) as error:
         raise SpikeLoraError(
-            f"`{name}` has {pattern!r}, which is no regular expression ({error}). Give a module's name, or an "
+            f"`{name}` has {pattern!r}, which is not a regular expression ({error}). Give a module's name, or an "
             "expression that Python's `re` takes."
         ) from error

@@ -111,9 +111,9 @@ class Run:
     settings: str
 
     def curves(self, name: str) -> dict[str, list[tuple[int, float]]]:
-        """What was logged under a name and, behind it, under prefixed ones, such as `sparsity` and `eval_sparsity`.
+        """What was logged under a name, and then under prefixed names, such as `sparsity` and `eval_sparsity`.
 
-        Without `train_loss`, which the Trainer logs once, as the mean of the whole training.
+        `train_loss` is left out: the Trainer logs it once, as the mean of the whole training.
         """
         names = [key for key in self.history if key == name or (key.endswith(f"_{name}") and key != "train_loss")]
         return {key: self.history[key] for key in sorted(names, key=lambda key: (key != name, key))}

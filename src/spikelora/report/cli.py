@@ -258,7 +258,7 @@ def _auto_class(task_type: str | None) -> Any:
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill: it becomes the output if the block ends well, and is deleted otherwise."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise typer.BadParameter(f"--output {output} exists and is no empty folder; name another.")
+        raise typer.BadParameter(f"--output {output} exists and is not an empty folder; name another.")
     partial = Path(_writing(_sibling, output))
     try:
         yield partial

@@ -66,7 +66,7 @@ def _field(path: Path, number: int, line: str, text_field: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SpikeLoraError(f"{path}, line {number} is no JSON ({error}). Give one object per line.") from error
+        raise SpikeLoraError(f"{path}, line {number} is not JSON ({error}). Give one object per line.") from error
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise SpikeLoraError(

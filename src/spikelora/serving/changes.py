@@ -26,7 +26,7 @@ def change_vllm() -> None:
 
 
 def _with_gate(set_mapping: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a linear layer its kernels; the layer sees them through a gate of its own."""
+    """Gives a linear layer its kernels, which it then calls through its own gate."""
 
     @functools.wraps(set_mapping)
     def with_gate(self: Any, punica_wrapper: Any) -> None:
