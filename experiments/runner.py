@@ -115,9 +115,7 @@ def _begin_worker(gpus: "SimpleQueue[str]") -> None:
     if not gpus.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # tqdm's own lock is shared by all processes, and a killed one would leave it locked
+    tqdm.set_lock(threading.RLock())  # tqdm's own is one for all processes: a killed one would leave it locked
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -149,8 +147,6 @@ def run_one(run: Run, store: Store, retry: bool, bar: bool = False) -> str:
             if state.is_main_process:
                 text = f"{type(error).__name__}: {error}".replace(str(ROOT), ".")[:1000]
                 store.put(run, {"status": "failed", "error": text, "versions": versions(), "where": {}})
-            if (
-                state.num_processes > 1
-            ):  # the others would wait for this one, so it fails and the launcher ends them all
+            if state.num_processes > 1:  # the others would wait for this one; now the launcher ends them all
                 raise
             return "failed"

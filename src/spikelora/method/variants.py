@@ -49,9 +49,7 @@ class SpikeLinearVariant(SpikeVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         adapter = choose(module, active_adapter, x).adapter
-        if (
-            adapter is not None
-        ):  # with other adapters, or for a part of the batch; it computes the same as below, see `paths`
+        if adapter is not None:  # with other adapters, or for a part of the batch; it computes the same, see `paths`
             return spike_branch(result, x, adapter, returns_private(module.base_layer))
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         gated = module.lora_gate[active_adapter](a)

@@ -100,9 +100,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         if name not in known:
             raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
         if not tensor.is_floating_point():
-            raise SpikeLoraError(
-                f"`{name}` in the adapter's file is in {tensor.dtype}, and weights never are. {_REMEDY}"
-            )
+            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}, not a float. {_REMEDY}")
         if ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
                 f"`{name}` in the adapter's file holds values that are not finite numbers: it is damaged, or its "

@@ -1,4 +1,4 @@
-"""The code that Python runs when it starts, after `spikelora autoload on`: registers SpikeLoRA once `peft` is imported.
+"""The code of autoload: registers SpikeLoRA once some module has imported `peft`.
 
 The text of this file goes into a .pth file, and may stay in an environment after this package is removed. It is
 compiled when one of three packages is first imported. A finder of a few lines in the .pth file waits for that

@@ -94,9 +94,7 @@ def _read_only(parent: Any) -> frozenset[str]:
             source = textwrap.dedent(inspect.getsource(base))
         except (OSError, TypeError):  # a class without a file, such as one that was typed in
             continue
-        if re.search(
-            r"\bself\.processor\(\s*self\b", source
-        ):  # in diffusers this calls the layers of the module that it is given
+        if re.search(r"\bself\.processor\(\s*self\b", source):  # in diffusers it calls the layers of that module
             return frozenset()
         for line in source.splitlines():
             if "init" not in line:  # initialisation does not count as use

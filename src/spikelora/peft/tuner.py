@@ -170,9 +170,7 @@ def _stacked_targets(config: SpikeLoraConfig, model: nn.Module) -> set[str]:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers  # as late as PEFT
 
     plain = deepcopy(config.without_neuron())
-    with suppress(
-        ValueError
-    ):  # for a part of a stacked parameter, which LoRA refuses; it may also be the name of a layer
+    with suppress(ValueError):  # LoRA refuses a part of a stacked parameter, whose name may also be a layer's
         convert_peft_config_for_transformers(plain, model, conversions=None)
     return set(plain.target_parameters or ())
 
