@@ -90,7 +90,7 @@ class SpikeLoraConfig(LoraConfig):
     )
     target_scope: str = field(
         default="module",
-        metadata={"help": 'Whose share `target_sparsity` is: of each "module", or of the "adapter" as a whole.'},
+        metadata={"help": 'What has to reach `target_sparsity`: each "module", or the "adapter" as a whole.'},
     )
     target_tolerance: float = field(
         default=0.01, metadata={"help": "Distance from target_sparsity from which the callback warns at the end."}

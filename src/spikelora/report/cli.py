@@ -106,7 +106,7 @@ def calibrate(
         float, typer.Option("--target_sparsity", help="Share of silent activations, between 0 and 1.")
     ] = 0.9,
     target_scope: Annotated[
-        str, typer.Option("--target_scope", help='Whose share it is: of each "module", or of the "adapter" as a whole.')
+        str, typer.Option("--target_scope", help='What has to reach it: each "module", or the "adapter" as a whole.')
     ] = "module",
     text_field: _TextField = "text",
     batch_size: _BatchSize = 8,
