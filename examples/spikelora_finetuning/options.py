@@ -56,7 +56,7 @@ class Options:
     target_sparsity: float | None = flag(
         None, "share of silent activations to hold during training, by the thresholds; v_threshold is where they begin"
     )
-    target_scope: Literal["module", "adapter"] | None = flag(None, "what has to reach target_sparsity; by default each module")
+    target_scope: Literal["module", "adapter"] | None = flag(None, "what has to reach target_sparsity")
     learn_threshold: bool = flag(False, "train one threshold per module")
     learn_tau: bool = flag(False, "train one time constant per module")
     seed: int = flag(0, "of everything")
