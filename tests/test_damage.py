@@ -371,7 +371,10 @@ def test_hotswapping_an_adapter_with_patterns(tmp_path):
             lambda tensors, module: tensors.update({f"{module}.lora_C.weight": torch.ones(1)}),
             r"lora_C.*no `lora_A` that",
         ),
-        (lambda tensors, module: tensors.update({"x.weight": torch.ones(1)}), r"has `x\.weight`, which the model has"),
+        (
+            lambda tensors, module: tensors.update({"x.weight": torch.ones(1)}),
+            r"has `x\.weight`, which the model does not have",
+        ),
         (lambda tensors, module: tensors.update({f"{module}.lora_B.weight": torch.ones(64, 3)}), "not of one rank"),
         (lambda tensors, module: tensors.update({f"{module}.lora_A.weight": torch.ones(4, 9)}), r"the shape \(4, 9\)"),
         (lambda tensors, module: tensors.clear(), "no `lora_A` at all"),
@@ -558,7 +561,7 @@ def test_a_configuration_without_what_scales_the_weights(name, saved, tmp_path):
     config = json.loads(saved[0][CONFIG])
     del config[name]
     folder = write(saved[0] | {CONFIG: json.dumps(config).encode()}, tmp_path / "adapter")
-    with pytest.raises(SpikeLoraError, match=f"has no {name}, on which the scaling"):
+    with pytest.raises(SpikeLoraError, match=f"has no {name}, which the scaling of its weights needs"):
         PeftModel.from_pretrained(tiny_opt(), folder)
 
 
