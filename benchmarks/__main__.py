@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is asked for; returns the exit status, 1 where a check failed."""
+    """Run what is asked for; return the exit status, 1 if a check failed."""
     options = _parse(arguments)
     # PEFT 0.21 uses names of checkpointing that transformers 5 deprecates.
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine, verdicts = environment(device), judge(goals(device), tables)
     write(tables, verdicts, machine, options.output)
     plot(tables, machine, options.output)
-    # Not bent to a terminal's width: a table is read better where its lines are whole.
+    # Not wrapped at a terminal's width: a table reads better with whole lines.
     console = Console(width=140, markup=False, highlight=False)
     show(tables, verdicts, machine, console)
     console.print(f"Written to {options.output}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What is timed is right first: results and all gradients by value, against the plain path and the transcription."""
+"""Checks before timing: results and all gradients by value, against the plain path and the transcription."""
 
 import math
 from statistics import median as median_of
@@ -19,27 +19,27 @@ class Tolerance(NamedTuple):
     median: float
 
 
-# Rounding turns a spike near its threshold now and then, and with it that token's part of a gradient. Where few tokens
-# fire, that is much of one gradient, but little of the others: the median is what shows a wrong factor.
-# A bfloat16 base rounds far more than the paths differ. On a CPU, for OPT- and Llama-style models of hidden sizes 64
-# and 256, three batches each: the plain path was 0.12 to 0.58 away from the same model in float64 in its worst result,
-# 0.05 to 0.40 in the median; the fused path was at most 0.065 and 0.03 away from the plain one. Of one layer both were
-# 0.003 away from float64, and 0.0023 from each other. So the limits leave room for the rounding of other products, and
-# need no more: a layer that is 0.25 off on some device has a spike turned, or is wrong.
+# Rounding now and then flips a spike near its threshold, and with it that token's part of a gradient. If few tokens
+# fire, that is much of one gradient, but little of the others: a wrong factor shows in the median. A bfloat16 base
+# rounds far more than the paths differ. This was measured on a CPU, for OPT- and Llama-style models of hidden sizes 64
+# and 256, with three batches each. The plain path was 0.12 to 0.58 away from the same model in float64 in its worst
+# result, and 0.05 to 0.40 in the median. The fused path was at most 0.065 and 0.03 away from the plain one. For one
+# layer both were 0.003 away from float64, and 0.0023 from each other. So the limits leave room for the rounding of
+# other products, and need no more: a layer that is 0.25 off on some device has a flipped spike, or is wrong.
 TOLERANCE = {torch.float32: Tolerance(2e-2, 1e-3), torch.bfloat16: Tolerance(0.25, 0.05)}
 
 
 class CheckError(Exception):
-    """Raised where a method does not compute what it should; none of its figures counts then."""
+    """Raised if a method does not compute what it should; then none of its figures counts."""
 
 
 def check_methods(methods: dict[str, Method], tokens: Tensor, prompt: Tensor, dtype: torch.dtype) -> float:
-    """Compare what a training step, a forward and a decode give; returns the largest relative error.
+    """Compare the results of a training step, a forward and a decode; return the largest relative error.
 
     Raises:
-        CheckError: where SpikeLoRA differs from its own plain path or from the transcription.
+        CheckError: if SpikeLoRA differs from its own plain path or from the transcription.
     """
-    # Forced, so that figures of another path do not pass for those of the fused one.
+    # Forced, so that figures of another path are not taken for the fused path's.
     with force_path(Path.FUSED):
         ours = _results(methods[OURS], tokens, prompt)
     with force_path(Path.PLAIN):
@@ -55,7 +55,7 @@ def check_layer(layer: nn.Module, x: Tensor, dtype: torch.dtype) -> float:
     """The same for a single layer of SpikeLoRA, against its own plain path.
 
     Raises:
-        CheckError: where they differ.
+        CheckError: if they differ.
     """
     with force_path(Path.FUSED):
         ours = _layer_results(layer, x)
@@ -68,7 +68,7 @@ def compare(what: str, results: dict[str, Tensor], references: dict[str, Tensor]
     """Largest relative error; both have the same tensors, of a base in `dtype`.
 
     Raises:
-        CheckError: where an error is above its tolerance, or not a number.
+        CheckError: if an error is above its tolerance, or NaN.
     """
     if results.keys() != references.keys():
         raise CheckError(f"{what} differ in what they compute: {sorted(results.keys() ^ references.keys())}")
@@ -83,7 +83,7 @@ def compare(what: str, results: dict[str, Tensor], references: dict[str, Tensor]
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
-    """`|result - reference| / |reference|`, norms over all elements; infinite where only the reference is 0."""
+    """`|result - reference| / |reference|`, norms over all elements; infinite if only the reference is 0."""
     difference = (result.double() - reference.double()).norm()
     return 0.0 if difference == 0 else (difference / reference.double().norm()).item()
 

@@ -1,4 +1,4 @@
-"""Where skipping silent tokens pays on a CPU: the dense and the event-driven up-projection, each of them forced.
+"""When skipping silent tokens pays on a CPU: the dense and the event-driven up-projection, each of them forced.
 
 `spikelora.method.ops.torch_backend` chooses between them by `_MAX_FIRING` and `_MIN_ELEMENTS`.
 """
@@ -23,7 +23,7 @@ DENSE, EVENTS = "dense", "event-driven"
 FORCED = {DENSE: (0.0, math.inf), EVENTS: (1.0, 0)}
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 SIZES = [Size(128, 1024, 8), Size(1024, 1024, 8), Size(1024, 4096, 8), Size(1024, 1024, 64)]
-# From 4 thousand elements of y to half a million, where few tokens fire.
+# From 4 thousand elements of y to half a million, with few tokens firing.
 FEW_TOKENS, FEW_FIRING = (4, 16, 32, 64, 128, 512), 0.1
 
 
@@ -72,7 +72,7 @@ def activation(size: Size, share: float, generator: torch.Generator) -> Tensor:
 
 
 def break_even(shares: list[float], ratios: list[float]) -> float:
-    """Share of firing tokens where the ratio to dense first passes 1, between two points on a straight line."""
+    """Share of firing tokens at which the ratio to dense first passes 1, interpolated between two points."""
     points = list(zip(shares, ratios, strict=True))
     if points[0][1] >= 1:
         return points[0][0]
@@ -84,7 +84,7 @@ def break_even(shares: list[float], ratios: list[float]) -> float:
 
 @contextmanager
 def forced(name: str) -> Iterator[None]:
-    """Make the product dense, without a look at the tokens, or event-driven whatever fires."""
+    """Force the product to be dense, without looking at the tokens, or event-driven, whatever fires."""
     before = torch_backend._MAX_FIRING, torch_backend._MIN_ELEMENTS
     torch_backend._MAX_FIRING, torch_backend._MIN_ELEMENTS = FORCED[name]
     try:

@@ -1,4 +1,4 @@
-"""What SpikeLoRA set out to reach, and whether the figures of a run reach it."""
+"""The project's goals, and whether the figures of a run reach them."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from .whole_model import DECODE, INFERENCE, TRAINING
 
 
 class Goal(NamedTuple):
-    """An upper limit for one column of the only row of a table that has these values."""
+    """An upper limit for one column, in the one row of a table that has these values."""
 
     text: str
     limit: float
@@ -74,7 +74,7 @@ def _on_cuda() -> list[Goal]:
 
 
 def judge(goals: list[Goal], tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The goals that have a figure in these tables, each with the figure, its quartiles if any, and the verdict."""
+    """The goals for which these tables have a figure, each with figure, quartiles if any, and verdict."""
     rows = []
     for goal in goals:
         if goal.table not in tables:

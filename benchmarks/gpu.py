@@ -1,9 +1,9 @@
-"""All that has to be seen on a GPU, in one command of at most 8 minutes: `make gpu`.
+"""All checks and measurements that need a GPU, in one command of at most 8 minutes: `make gpu`.
 
-Values first: a wrong one ends it with status 1. Then what the speed goals are about. It needs torch, triton,
-transformers and PEFT, no other package and no network. `--dry` runs on a CPU with tiny sizes all but the peak of
-memory, which torch keeps of a GPU alone; its figures mean nothing. One file of more than 300 lines, as it needs nothing
-that the other benchmarks need.
+Values come first: a wrong one ends it with status 1. Then it measures what the speed goals are about. It needs torch,
+triton, transformers and PEFT, no other package and no network. `--dry` runs all of it on a CPU with tiny sizes, except
+the peak of memory, which torch records only for a GPU; its figures mean nothing. One file of more than 300 lines,
+because it must run without what the other benchmarks need.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from .models import BASE, LORA, OURS, VOCABULARY, Method, base_model, methods
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
-BUDGET = 8 * 60  # seconds, after which no other model is begun
+BUDGET = 8 * 60  # seconds, after which no further model is begun
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Relative to float64 by the norm, by the dtype of a result: its rounding, and that of the activations.
+# Error of the norm relative to float64, by the dtype of a result: its own rounding, and that of the activations.
 ROUNDING = {F32: 1e-5, F16: 2e-3, BF16: 1.5e-2}
 ALPHA, SCALING = 2.0, 0.5
 PROMPT = 64
@@ -67,7 +67,7 @@ class Size(NamedTuple):
 
 
 class Run:
-    """What is asked for, and the rows of the tables that are written."""
+    """The options, and the rows of the tables that are written."""
 
     def __init__(self, dry: bool) -> None:
         self.dry, self.started = dry, time.perf_counter()
@@ -80,7 +80,7 @@ class Run:
         print(f"[{time.perf_counter() - self.started:5.0f} s] {text}", flush=True)
 
     def check(self, what: str, error: float, limit: float) -> None:
-        """Note an error; one above its limit, or that is no number, ends the run."""
+        """Note an error; one above its limit, or NaN, ends the run."""
         self.tables["checks"].append({"what": what, "error": error, "limit": limit})
         if not error <= limit:
             raise CheckError(f"{what}: relative error {error:.3g}, where {limit:g} is allowed")
@@ -123,7 +123,7 @@ def kernels(run: Run) -> None:
     for dtype, adapter_dtype in ((F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)):
         for r in (8,) if run.dry else (1, 8, 64):
             worst = max(_layer_error(run, *size, r, dtype, adapter_dtype, False) for size in sizes)
-            if r == 8:  # the other gradient is another kernel, which takes as long to compile
+            if r == 8:  # the other gradient is a kernel of its own, which takes equally long to compile
                 worst = max(worst, *(_layer_error(run, *size, r, dtype, adapter_dtype, True) for size in sizes))
             what = f"{_short(dtype)} base, {_short(adapter_dtype)} adapter, r {r}"
             run.check(what, worst, max(ROUNDING[dtype], ROUNDING[adapter_dtype]))
@@ -145,8 +145,8 @@ def _layer_error(
     leaves = [t.requires_grad_() for t in (x, A, B, *neuron)]
     y = spike_linear(x, weight, bias, Adapter(A, B, *neuron, ALPHA, straight_through, SCALING, 0.0))
     results = [y, *torch.autograd.grad(y, leaves, grad_y)]
-    # The reference gates the activations as the adapter's dtype holds them: one that is rounded over the threshold is
-    # another spike. In float32 none is likely.
+    # The reference gates the activations in the adapter's dtype: one that is rounded over the threshold is another
+    # spike. In float32 this is unlikely.
     exact = [t.detach().double().requires_grad_() for t in leaves]
     a = exact[0] @ exact[1].T
     a = a + (a.detach().to(adapter).double() - a.detach())
@@ -250,7 +250,7 @@ def _time(run: Run, size: Size, quantity: str, calls: dict[str, Callable[[], obj
     middle = {name: statistics.median(values) for name, values in times.items()}
     lower, ratio, upper = statistics.quantiles(ratios, n=4)
     overhead = (middle[OURS] - middle[BASE]) / (middle[LORA] - middle[BASE])
-    # Times of a CPU at tiny sizes say nothing of the goals.
+    # Times of a CPU at tiny sizes say nothing about the goals.
     met = None if run.dry else ratio <= GOALS[quantity] and (quantity != TRAINING or overhead <= OVERHEAD)
     row = size._asdict() | {"quantity": quantity} | {f"{name} ms": 1e3 * middle[name] for name in calls}
     row |= {"to_lora": ratio, "q25": lower, "q75": upper, "overhead": overhead, "goal": GOALS[quantity], "met": met}

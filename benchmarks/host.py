@@ -1,7 +1,7 @@
 """What one layer costs the host: how many kernels it launches, and how long Python and torch take to launch them.
 
-Where the GPU has little to do this is what a step takes. Without a GPU the launches of one are counted all the same:
-the layer runs on the CPU through the code that a GPU would take, with kernels that start nothing.
+If the GPU has little to do, this is the time of a step. A GPU's launches are also counted without a GPU: the layer runs
+on the CPU through the code for a GPU, with kernels that start nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from .measure import interleaved, overhead_share, ratio, spread
 from .models import BASE, LORA
 from .one_layer import layers
 
-# Few and small, so that little is left but the host's time.
+# Few and small, so that there is little but the host's time.
 TOKENS, WIDTH, R = 1, 64, 8
 INFERENCE, FORWARD, STEP = "inference", "forward of a training", "forward and backward"
 CPU, KERNELS = "torch on a CPU", "kernels of a GPU, not started"
-# What launches nothing: memory, and one number that a CPU reads.
+# These launch nothing: memory, and one number that a CPU reads.
 _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense", "_unsafe_view", "detach"}
 
 
@@ -56,7 +56,7 @@ def _run(way: str, dtype: torch.dtype, rounds: int) -> dict[str, list[Row]]:
 
 
 def calls_of(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], object]]]:
-    """What is run, by quantity and method."""
+    """The calls that are measured, by quantity and method."""
     built = layers(WIDTH, R, dtype, torch.device("cpu"))
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
     leaf, grad_y = x.clone().requires_grad_(), torch.ones_like(x)
@@ -89,7 +89,7 @@ def launches(way: str, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts torch's operations that launch a kernel on a GPU: those that are no views and compute something."""
+    """Counts torch's operations that launch a kernel on a GPU: those that are not views and compute something."""
 
     count = 0
 
@@ -102,7 +102,8 @@ class _Operations(TorchDispatchMode):
 
 @contextmanager
 def as_on(way: str) -> Iterator[list[None]]:
-    """Run layers as on a GPU, up to the call that would start a kernel; gives a list that gets an item for each."""
+    """Run layers as on a GPU, up to the call that would start a kernel; yields a list with an item for each such
+    call."""
     started: list[None] = []
     with _not_started(started) if way == KERNELS else nullcontext():
         yield started
@@ -114,7 +115,7 @@ def _not_started(started: list[None]) -> Iterator[None]:
 
     class Kept(dict):
         def get(self, key: tuple) -> tuple:
-            # Not the arguments: what is kept costs time as well, in allocations and in collections of garbage.
+            # The arguments are not kept: that would cost time in allocations and garbage collections.
             return lambda *args: started.append(None), None, None
 
     changed = {

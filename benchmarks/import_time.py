@@ -32,14 +32,14 @@ def _run(rounds: int) -> dict[str, list[Row]]:
         order = ("peft", "spikelora") if k % 2 else ("spikelora", "peft")
         both = {module: _import(module) for module in order}
         measured.append({PEFT: both["peft"][0], SPIKELORA: both["spikelora"][0], AFTER: both["peft"][1]})
-    # The first, which may have to write bytecode, does not count where there are others.
+    # The first may have to write bytecode, and does not count if there are others.
     times = pd.DataFrame(measured[1:] or measured)
     times[DIFFERENCE] = times[SPIKELORA] - times[PEFT]
     return {"import_time": [{"what": n, "rounds": len(times)} | spread(times[n] * 1e3, "milliseconds") for n in times]}
 
 
 def _import(first: str) -> tuple[float, float]:
-    """Seconds of the first import, and of `import spikelora` behind it."""
+    """Seconds of the first import, and of `import spikelora` after it."""
     output = subprocess.run(
         [sys.executable, "-c", CODE.format(first=first)], check=True, capture_output=True, text=True
     ).stdout

@@ -33,16 +33,16 @@ def synchronize(device: torch.device) -> None:
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, device: torch.device, repeats: int = 1
 ) -> pd.DataFrame:
-    """Seconds per call, one row per round and one column per name; each round has an order of its own.
+    """Seconds per call, one row per round and one column per name; each round has its own order.
 
-    What else the machine does meets all calls of a round alike, so that ratios within a round are worth more than those
-    of two medians. `attrs["busy_cores"]` says how many cores the process had while it was timed.
+    Other load on the machine slows all calls of a round alike, so ratios within a round say more than ratios of two
+    medians. `attrs["busy_cores"]` says how many cores the process had while it was timed.
     """
-    for call in calls.values():  # warms up
+    for call in calls.values():  # warm up
         seconds(call, device, repeats)
     order, rows, busy, wall = random.Random(0), [], 0.0, 0.0
     gc.collect()
-    gc.freeze()  # what is there stays: the collections between the rounds need not look at it again
+    gc.freeze()  # collections between the rounds need not look at existing objects again
     for _ in range(rounds):
         gc.collect()
         gc.disable()
@@ -59,7 +59,7 @@ def interleaved(
 
 
 def repeats_for(call: Callable[[], object], device: torch.device) -> int:
-    """How many calls in a row take about 5 ms, so that the clock and the start of a round do not matter."""
+    """How many calls in a row take about 5 ms, long enough for the clock and the start of a round not to matter."""
     seconds(call, device)
     return max(1, min(100, round(5e-3 / seconds(call, device))))
 
@@ -80,9 +80,9 @@ def overhead_share(times: pd.DataFrame, name: str, base: str, reference: str) ->
 
 
 def overhead_is_clear(times: pd.DataFrame, base: str, reference: str) -> bool:
-    """Whether the reference's overhead stands out: above 2 % of the base, and above its own interquartile range.
+    """Whether the reference's overhead is clear: above 2 % of the base, and above its own interquartile range.
 
-    Where it does not, a share of it is a share of noise.
+    If it is not, a share of it is a share of noise.
     """
     added = times[reference] - times[base]
     spread = added.quantile(0.75) - added.quantile(0.25)
@@ -101,7 +101,8 @@ class Memory(NamedTuple):
 
 
 def peak_memory(call: Callable[[], object], tensors: Iterable[Tensor], device: torch.device) -> Memory:
-    """What the given tensors hold, and the most that lives beside them during the call, as the allocator counts it."""
+    """Bytes of the given tensors, and the most that is allocated on top of them in the call, by the allocator's
+    count."""
     held = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     return Memory(held, _added_on_cuda(call, device) if device.type == "cuda" else _added_on_cpu(call))
 
@@ -116,7 +117,7 @@ def _added_on_cuda(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _added_on_cpu(call: Callable[[], object]) -> int:
-    """From the allocator's own record: what the system says of the process has all that malloc keeps for later."""
+    """From the allocator's own record: the system's figure for the process includes what malloc keeps for later."""
     gc.collect()
     record = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)  # or torch 2.10 warns
     with _without_stderr():
@@ -134,7 +135,7 @@ def _added_on_cpu(call: Callable[[], object]) -> int:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Drop what goes to the file descriptor, where torch's profiler traces its start and stop at any log level."""
+    """Drop what goes to stderr's file descriptor: torch's profiler logs its start and stop there at any log level."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

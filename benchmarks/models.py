@@ -16,7 +16,7 @@ from spikelora import SpikeLoraConfig
 BASE, LORA, TRANSCRIPTION, OURS = "base", "LoRA", "transcription", "SpikeLoRA"
 METHODS = (BASE, LORA, TRANSCRIPTION, OURS)
 V_THRESHOLD, TAU, SURROGATE_ALPHA = 0.1, 2.0, 2.0
-# Small, so that the head, which no method adapts, does not drown the layers that are compared.
+# Small, so that the head, which no method adapts, does not outweigh the layers that are compared.
 VOCABULARY = 1024
 POSITIONS = 2048
 
@@ -32,8 +32,8 @@ class SpikingjellyVariant(LoraVariant):
 
 
 def add_spikingjelly(layer: LoraLinear, v_threshold: float = V_THRESHOLD) -> None:
-    """Make one layer of PEFT's LoRA a layer of the transcription."""
-    from spikingjelly.activation_based import neuron, surrogate  # which `make gpu` does without
+    """Turn one layer of PEFT's LoRA into a layer of the transcription."""
+    from spikingjelly.activation_based import neuron, surrogate  # imported here, because `make gpu` does without it
 
     layer.neuron = neuron.LIFNode(
         tau=TAU,
@@ -70,7 +70,7 @@ def base_model(style: str, hidden: int, layers: int, dtype: torch.dtype, device:
 
 @dataclass
 class Method:
-    """One method on a model of its own: what a training step, a forward and a single-token decode run."""
+    """One method on its own model: its training step, forward and single-token decode."""
 
     name: str
     model: nn.Module
@@ -99,7 +99,7 @@ class Method:
         return self.model(input_ids=tokens, use_cache=False).logits
 
     def decoder(self, prompt: Tensor) -> Callable[[], Tensor]:
-        """A function that decodes one token behind the prompt; each call finds the same cache."""
+        """A function that decodes one token after the prompt; each call starts from the same cache."""
         with torch.inference_mode():
             self.reset()
             cache = self.model(input_ids=prompt, use_cache=True).past_key_values
@@ -136,13 +136,13 @@ def _method(name: str, model: nn.Module, r: int) -> Method:
     if name == TRANSCRIPTION:
         for layer in [m for m in model.modules() if isinstance(m, LoraLinear)]:
             add_spikingjelly(layer)
-    # What gradient checkpointing needs; here so that input gradients run through all layers of the base as well.
+    # Usually for gradient checkpointing; here it makes input gradients run through all layers of the base as well.
     model.enable_input_require_grads()
     return Method(name, model.train())
 
 
 def lora_options(r: int) -> dict:
-    """What LoRA and SpikeLoRA share: the paper's settings."""
+    """The options that LoRA and SpikeLoRA share: the paper's settings."""
     return {
         "r": r,
         "lora_alpha": 2 * r,
@@ -155,7 +155,7 @@ def lora_options(r: int) -> dict:
 
 @torch.no_grad()
 def fill_adapters(model: nn.Module) -> None:
-    """Give A and B the same numbers for every method: with PEFT's B = 0 nothing would reach A, nor be worth a check."""
+    """Give A and B the same numbers for every method; with PEFT's B = 0 nothing would reach A or be worth a check."""
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:

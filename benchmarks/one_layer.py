@@ -1,4 +1,4 @@
-"""One linear layer: what tokens, rank and width do to the cost of LoRA, of the plain path and of SpikeLoRA."""
+"""One linear layer: how the cost of LoRA, the plain path and SpikeLoRA depends on tokens, rank and width."""
 
 import copy
 from collections import OrderedDict
@@ -84,7 +84,7 @@ def _run(size: Size, rounds: int, dtype: torch.dtype, device: torch.device) -> d
 
 
 def _training(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    """Forward, and the gradients of the input and of what is trained."""
+    """Forward, and the gradients of the input and of the trained parameters."""
     leaf, grad_y = x.clone().requires_grad_(), torch.ones_like(x)
     leaves = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     return lambda: torch.autograd.grad(layer(leaf), leaves, grad_y)

@@ -1,4 +1,4 @@
-"""Tables of a run: CSV files with machine and versions, and the same for the eye."""
+"""Tables of a run: as CSV files with machine and versions, and as tables to read."""
 
 import datetime
 import os
@@ -69,7 +69,7 @@ def show(tables: dict[str, pd.DataFrame], goals: pd.DataFrame, machine: dict[str
 
 
 def _doubt(tables: dict[str, pd.DataFrame], machine: dict[str, object], console: Console) -> None:
-    """Whole models keep all threads busy; where they did not, somebody else had the cores."""
+    """Whole models keep all threads busy; if they did not, something else had the cores."""
     if "whole_model" not in tables or machine["device"] != _cpu_name():
         return
     busy = tables["whole_model"]["busy_cores"].median()
@@ -199,7 +199,7 @@ def _import_time(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _measured(goal: pd.Series) -> str:
-    """With as many digits as the verdict needs to be seen."""
+    """The figure with enough digits for the verdict to be visible."""
     short = f"{goal['measured']:.4g}"
     return f"{goal['measured']:.10g}" if (float(short) <= goal["limit"]) != (goal["verdict"] == "met") else short
 

@@ -56,7 +56,7 @@ def threshold_for(sparsity: float, a: Tensor) -> Tensor:
     """Threshold `(1,)` that leaves the given share of the elements of `a` silent."""
     v = (a.float() / TAU).flatten().sort().values
     silent = round(sparsity * v.numel())
-    # Between two elements: one that stood on the threshold would fire or not by the last bit of its sum, which two
+    # Between two elements: whether one on the threshold fires would depend on the last bit of its sum, which two
     # products may round differently. At 99 % of 1024 elements it is one of ten, and 0.256 of the gradient of B.
     return v[silent - 1 : silent + 1].mean().view(1) if silent else v[0].view(1) - 1
 
@@ -71,7 +71,7 @@ def _check_up(layer: nn.Module, a: Tensor, threshold: Tensor, like: Tensor) -> f
 
 
 def _up(layer: nn.Module, y: Tensor, a: Tensor, threshold: Tensor) -> Callable[[], object]:
-    """What adds the layer's update into `y`, in the way that the layer itself takes on this device."""
+    """A function that adds the layer's update into `y`, as the layer itself does on this device."""
     B, scaling = layer.lora_B["default"].weight, layer.scaling["default"]
     _, tau = layer.lora_gate["default"].neuron()
     if not y.is_cuda:

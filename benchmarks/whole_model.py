@@ -19,7 +19,7 @@ PROMPT, FEW = 64, 16
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, rank and type of the base, with tokens `(batch, length)`; rounds of 0 leave a quantity out."""
+    """One model, rank and type of the base, with tokens `(batch, length)`; a quantity with 0 rounds is left out."""
 
     style: str
     hidden: int
@@ -52,9 +52,9 @@ def _cpu() -> list[Cell]:
     headline = [Cell(style, 1024, 3, 8, float32, 2, 256, 25, 151) for style in styles]
     others = [Cell(style, 768, 3, 8, float32, 2, 256, 5, 15) for style in styles]
     high_rank = [Cell(style, 1024, 2, 64, float32, 2, 256, 5, 15) for style in styles]
-    # Where the CPU has no bfloat16 product, torch's own takes a second for what float32 does in 20 ms: few tokens.
+    # Few tokens: on a CPU without a bfloat16 product torch's own takes a second for what float32 does in 20 ms.
     half = [Cell("OPT", 768, 1, 8, bfloat16, 1, 64, 3, 151), Cell("Llama", 768, 1, 64, bfloat16, 1, 64, 3, 151)]
-    # Peak memory is exact without rounds, but wants about as many tokens as training has; LoRA's step takes 30 s here.
+    # Peak memory is exact without rounds, but needs about as many tokens as a training; LoRA's step takes 30 s here.
     memory = [Cell(style, 1024, 3, 8, bfloat16, 1, 256, 0, 0, True, (LORA, OURS)) for style in styles]
     return headline + others + high_rank + half + memory
 
@@ -75,7 +75,7 @@ def _run(cell: Cell, device: torch.device) -> dict[str, list[Row]]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, VOCABULARY, (cell.batch, cell.length), generator=generator).to(device)
     prompt = tokens[:1, :PROMPT]
-    # Where only memory is measured, as time is scarce, the check is short as well.
+    # If only memory is measured, because time is short, the check is short as well.
     error = check_methods(models, tokens if cell.rounds else tokens[:, :FEW], prompt, cell.dtype)
     rows = {"whole_model": _times(cell, models, tokens, prompt, device, error)} if cell.rounds else {}
     if cell.memory:
@@ -118,7 +118,7 @@ def _memory(cell: Cell, models: dict[str, Method], tokens: Tensor, device: torch
     measured = {}
     for name, method in models.items():
         if not cell.rounds:
-            method.training_step(tokens[:, :FEW])  # makes the optimiser's state
+            method.training_step(tokens[:, :FEW])  # creates the optimiser's state
         method.reset()
         measured[name] = peak_memory(partial(method.training_step, tokens), _held(method), device)
     rows = []

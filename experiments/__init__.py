@@ -2,5 +2,5 @@
 
 import os
 
-# One thread for each run, and runs side by side; before anything is imported that reads it.
+# One thread for each run, as runs go side by side; set before anything is imported that reads it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -14,7 +14,7 @@ from .train import processes
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what is asked for; returns the exit status: 1 where a run failed, 2 where nothing could be begun."""
+    """Do what is asked for; return the exit status: 1 if a run failed, 2 if nothing could begin."""
     options = _parse(arguments)
     # PEFT 0.21 uses names of checkpointing that transformers 5 deprecates.
     warnings.filterwarnings("ignore", message=".*is deprecated and will be removed in v6", category=FutureWarning)

@@ -2,8 +2,8 @@
 
     python experiments/conversions.py
 
-`examples/spikelora_finetuning/spikelora_finetuning.py` trains what is converted; runs that have finished are not
-repeated. Writes `docs/conversions.md`. About 8 minutes on two CPU cores.
+`examples/spikelora_finetuning/spikelora_finetuning.py` trains the adapters that are converted. Runs that have finished
+are not repeated. Writes `docs/conversions.md`. About 8 minutes on two CPU cores.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ HEAD = """# What conversions lose
 
 Made by `python experiments/conversions.py`: adapters of the example (its small model, text and defaults, seed 0),
 converted on a quarter of the training rows, with nothing trained afterwards. Single runs on CPU cores, torch {torch}.
-The loss is that of the held-out text, which is {without:.3f} without an adapter. What is lost of an update is
-`E|difference|^2 / E|update|^2` on the rows that were converted on.
+The loss is that of the held-out text; without an adapter it is {without:.3f}. The lost share of an update is
+`E|difference|^2 / E|update|^2`, on the rows that were used for the conversion.
 
 | adapter | held-out loss | |
 |---|---|---|
@@ -42,7 +42,7 @@ The loss is that of the held-out text, which is {without:.3f} without an adapter
 
 
 class Conversions:
-    """The example's model and rows, with its own functions."""
+    """The example's model and rows, loaded with its own functions."""
 
     def __init__(self) -> None:
         self.options = parse_options([])

@@ -1,7 +1,7 @@
-"""The methods of the study: LoRA, SpikeLoRA, and the controls that only the experiments know.
+"""The methods of the study: LoRA, SpikeLoRA, and controls, which exist only in the experiments.
 
-Each is what `METHODS` says, with the parameters of its own; `...` marks one without a default. The gates here stand in
-for `spikelora.SpikeGate`, and are counted by the same meter.
+`METHODS` lists them with their own parameters; `...` marks a parameter without a default. The gates here replace
+`spikelora.SpikeGate`, and the same meter counts them.
 """
 
 import copy
@@ -21,7 +21,7 @@ _TARGET = {"target_scope": None, "target_warmup": None}
 _SURROGATE = {"surrogate": None, "surrogate_alpha": None}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    # LoRA of the rank with as many multiply-accumulates as SpikeLoRA of rank r needs at the sparsity `rate`.
+    # LoRA with the rank that needs as many multiply-accumulates as SpikeLoRA of rank r at the sparsity `rate`.
     "lora_same_operations": {"rate": ...},
     "spikelora": _NEURON | _SURROGATE | _TARGET,
     # The straight-through window has a width in units of the module's own threshold, or of the spread of its v.
@@ -30,13 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "l0_penalty": {"v_threshold": 0.1, "tau": 2.0} | _SURROGATE | {"penalty": ...},
     # Open where |a| >= tau * v_threshold.
     "two_sided": _NEURON,
-    # max(a, 0) with its own gradient; `spikelora` at a threshold of 0 has the surrogate's beside.
+    # max(a, 0) with its own gradient; `spikelora` at a threshold of 0 also has the surrogate's.
     "relu": {},
     # A share `rate` of the elements, drawn anew for every token in training and evaluation, is silent.
     "random_mask": {"rate": ...},
-    # Dropout on `a`: in training alone, what is left scaled by 1 / (1 - rate).
+    # Dropout on `a`: only in training, with the rest scaled by 1 / (1 - rate).
     "dropout": {"rate": ...},
-    # The gate behind A, behind B, or both.
+    # The gate after A, after B, or both.
     "position": {"position": ..., "v_threshold": 0.1, "tau": 2.0},
 }
 
@@ -101,11 +101,11 @@ def _fields(config: LoraConfig) -> dict[str, Any]:
 
 
 def _replace(model: nn.Module, kind: type[SpikeGate], **own: Any) -> None:
-    """Make every gate one of another kind; the layer then calls it as the module that it is."""
+    """Replace every gate by one of another kind; the layer then calls it as a module."""
     for number, gated in enumerate(gates(model)):
         gated.gate.__class__ = kind
         for name, value in own.items():
-            # Each module draws numbers of its own.
+            # Each module draws its own numbers.
             setattr(gated.gate, name, value + 1000 * number if name == "seed" else value)
 
 
@@ -169,7 +169,7 @@ class ReluGate(SpikeGate):
 
 
 class RandomMask(SpikeGate):
-    """`gated = a * mask`, the mask drawn for each element whatever it is: silent with the probability `rate`."""
+    """`gated = a * mask`; the mask is drawn for each element, whatever its value: silent with probability `rate`."""
 
     rate: float
     seed: int
@@ -188,7 +188,7 @@ class RandomMask(SpikeGate):
         return torch.rand(a.shape, device=a.device, generator=self._generator) >= self.rate
 
     def spikes(self, a: Tensor) -> Tensor:
-        """The mask of the forward that is shown."""
+        """The mask of the forward that is being observed."""
         assert self._mask is not None
         return self._mask.reshape(a.shape)
 

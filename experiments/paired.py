@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-ENOUGH = 3  # seeds, below which nothing is claimed
+ENOUGH = 3  # with fewer seeds nothing is claimed
 LEVEL = 0.05
 _RESOLUTION = 1e-7  # of results, which are written with 8 digits
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of `n` numbers: mean, standard deviation (of a sample), and the 95 % confidence interval of the mean by t."""
+    """Of `n` numbers: mean, sample standard deviation, and the 95 % confidence interval of the mean by t."""
 
     n: int
     mean: float
@@ -25,7 +25,8 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference(Summary):
-    """Of the differences of pairs; `p` of the paired t test, NaN for fewer than three pairs and where none differs."""
+    """The summary of the differences of pairs, with `p` of the paired t test; NaN below three pairs or if none
+    differs."""
 
     p: float
 
@@ -40,20 +41,20 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """`values - baseline` over the seeds that both have; None where they share none."""
+    """`values - baseline` over the seeds that both have; None if they share none."""
     seeds = sorted(values.keys() & baseline.keys())
     if not seeds:
         return None
     found = summary([values[seed] - baseline[seed] for seed in seeds])
     p = math.nan
-    # Of differences that are all the same, as those of an accuracy on few rows may be, t knows no spread to go by.
+    # If all differences are the same, as an accuracy's on few rows may be, there is no spread for t.
     if found.n >= ENOUGH and found.sd > _RESOLUTION:
         p = float(2 * stats.t.sf(abs(found.mean) / (found.sd / math.sqrt(found.n)), found.n - 1))
     return Difference(found.n, found.mean, found.sd, found.low, found.high, p)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values of several comparisons, corrected by Holm's method; a NaN stays one and does not count."""
+    """p values of several comparisons, corrected by Holm's method; a NaN stays NaN and does not count."""
     known = sorted((p, at) for at, p in enumerate(ps) if not math.isnan(p))
     made, running = list(ps), 0.0
     for rank, (p, at) in enumerate(known):

@@ -19,7 +19,7 @@ _PANELS_IN_A_ROW = 6
 
 
 def figures(study: Study, store: Store) -> dict[str, Figure]:
-    """The pictures that a study asks for and that its results, so far, have something for, by the names of files."""
+    """The pictures that a study asks for and has results for so far, by their file names."""
     lines = store.done(study.runs)
     made = {f"{study.name}-{kind}.png": _PICTURES[kind](study, lines) for kind in study.show if lines}
     return {name: picture for name, picture in made.items() if picture}
@@ -48,7 +48,8 @@ def _swept(study: Study) -> str | None:
 
 
 def _sweep(study: Study, lines: Lines) -> Figure | None:
-    """The first metric and the sparsity over what is swept, a line for each method; what has no such value is level."""
+    """The first metric and the sparsity over the swept field, a line for each method; level for one without the
+    field."""
     swept = _swept(study)
     if swept is None:
         return None
@@ -58,7 +59,7 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
     )
     panels = made.subplots(1, len(names))
     for name, panel in zip(names, panels, strict=True):
-        for n, (series, cells) in enumerate(_series(study, swept).items()):  # of one colour in all panels
+        for n, (series, cells) in enumerate(_series(study, swept).items()):  # the same colour in all panels
             at = [(_value(cell, swept), _stats(cell, lines, name, study.part)) for cell in cells]
             at = [(x, s) for x, s in at if s is not None and not math.isnan(s.mean)]
             points = sorted(((x, s) for x, s in at if x is not None), key=lambda pair: pair[0])
@@ -80,7 +81,7 @@ def _sweep(study: Study, lines: Lines) -> Figure | None:
 
 
 def _series(study: Study, swept: str) -> dict[str, list[Cell]]:
-    """Cells that differ by what is swept alone."""
+    """Groups of cells that differ only in the swept field."""
     found: dict[str, list[Cell]] = {}
     for cell in study.cells:
         where = [f"{name}={value}" for name, value in cell.point if name != swept]
@@ -174,7 +175,7 @@ def _history(study: Study, lines: Lines) -> Figure | None:
 
 
 def _frontier(study: Study, lines: Lines) -> Figure | None:
-    """What is lost to LoRA against the sparsity: a line for the cells that differ by threshold or target alone."""
+    """The loss compared with LoRA over the sparsity: a line for cells that differ only by threshold or target."""
     name = study.compared(study.cells[0])
     made = Figure(figsize=(8, 4.5), layout="constrained")
     panel = made.subplots()

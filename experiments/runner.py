@@ -1,4 +1,4 @@
-"""Running what of a study is pending, one run or several at once, beside other processes on the same folder."""
+"""Running the pending runs of a study, one or several at once; other processes may work on the same folder."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def prepare(study: Study, runs: list[Run], store: Store) -> None:
-    """Check results, and what some runs of a study need, before anything runs; the study itself was checked as read.
+    """Check the results, and what some runs of a study need, before anything runs; reading has checked the study.
 
     Raises:
         StudyError: with the line of the study, of the results or of the data.
@@ -52,7 +52,7 @@ def prepare(study: Study, runs: list[Run], store: Store) -> None:
 
 def run_pending(runs: list[Run], store: Store, workers: int, retry: bool) -> Counter[str]:
     """Train the runs that have no result. Returns how many were `done`, `failed`, `there` or trained `elsewhere`."""
-    # Of several processes that train together the first decides, run by run: results may come from elsewhere meanwhile.
+    # If several processes train together, the first decides run by run, as results may come from elsewhere meanwhile.
     together = processes().num_processes > 1
     pending = [run for run in runs if together or store.is_pending(run, retry)]
     outcomes = Counter(there=len(runs) - len(pending))
@@ -77,7 +77,7 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
             "A worker was killed, as systems do that run out of memory. What was finished is kept: run the study "
             "again, perhaps with fewer --workers."
         ) from error
-    except BaseException:  # such as an interruption, which does not wait for what is being trained
+    except BaseException:  # such as an interruption: do not wait for the runs in training
         for worker in multiprocessing.active_children():
             worker.kill()
         raise
@@ -87,10 +87,10 @@ def _outcomes(runs: list[Run], store: Store, workers: int, retry: bool) -> Itera
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
     """Processes of one thread each, which take the visible GPUs in turn."""
-    # For the libraries that read it when they are imported, which one process does for all workers.
+    # For libraries that read it when they are imported; one process imports them for all workers.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # A process that has begun to use CUDA cannot be forked. Imports may ask whether there is a GPU, and by this
-    # variable torch answers without CUDA.
+    # A process that has begun to use CUDA cannot be forked. Imports may ask whether there is a GPU; with this variable
+    # torch answers without CUDA.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -101,21 +101,21 @@ def worker_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _visible_gpus() -> list[str]:
-    """As `CUDA_VISIBLE_DEVICES` names them, which may be by UUID; without it by number."""
+    """The GPUs as `CUDA_VISIBLE_DEVICES` names them, perhaps by UUID; without it by number."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return named.split(",")[:count] if named else [str(n) for n in range(count)]
 
 
 def _begin_worker(gpus: "SimpleQueue[str]") -> None:
-    """Have a worker see one GPU, and end when its parent does: else it would wait for ever, and hold its claim.
+    """Let a worker see one GPU, and end with its parent; otherwise it would wait for ever and hold its claim.
 
-    An interruption from the keyboard reaches workers as well, which would go on: their parent ends them.
+    An interruption from the keyboard also reaches workers. They ignore it, and their parent ends them.
     """
     if not gpus.empty():
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    tqdm.set_lock(threading.RLock())  # its own is one of all processes, which a killed one would leave behind
+    tqdm.set_lock(threading.RLock())  # tqdm's own is one for all processes: a killed one would leave it locked
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -127,7 +127,7 @@ def _begin_worker(gpus: "SimpleQueue[str]") -> None:
 
 
 def run_one(run: Run, store: Store, retry: bool, bar: bool = False) -> str:
-    """Train one run unless it has a result or another process is at it, and record what comes out, errors as well.
+    """Train one run and record its result or error, unless it has a result or another process is training it.
 
     Under `accelerate launch` the first process claims and records, and all train.
     """
@@ -147,6 +147,6 @@ def run_one(run: Run, store: Store, retry: bool, bar: bool = False) -> str:
             if state.is_main_process:
                 text = f"{type(error).__name__}: {error}".replace(str(ROOT), ".")[:1000]
                 store.put(run, {"status": "failed", "error": text, "versions": versions(), "where": {}})
-            if state.num_processes > 1:  # the others wait for this one, until the launcher ends them all
+            if state.num_processes > 1:  # the others would wait for this one; now the launcher ends them all
                 raise
             return "failed"

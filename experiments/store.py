@@ -1,7 +1,8 @@
-"""Results of runs: one file of one line of JSON for each, in a folder that machines may share.
+"""Results of runs: for each a file with one line of JSON, in a folder that machines may share.
 
-A line is written aside and renamed, so that no reader ever sees a part of one. Who trains a run holds a lock on a file
-beside; the system takes the lock away from a process that ends, however it ends, so that no run is left claimed.
+A line is written to a temporary file that is then renamed, so no reader ever sees a part of a line. The process that
+trains a run holds a lock on a file next to it. The system releases the lock when the process ends, however it ends, so
+no run stays claimed.
 """
 
 import fcntl
@@ -16,7 +17,7 @@ from typing import Any
 from .study import Run, StudyError, key_of
 
 SCHEMA = 1
-# What tables and pictures read of a run that is done, by the types that it has to be of.
+# What tables and pictures read of a finished run, with the types that it must have.
 _NORMS = {"by_epoch": list, "by_module": dict}
 _RESULT = {
     "metrics": dict,
@@ -39,7 +40,7 @@ class Store:
         """Read every line of the folder.
 
         Raises:
-            StudyError: for the first that is no whole result of this version of the schema, with its file and line.
+            StudyError: for the first that is not a whole result of this version of the schema, with its file and line.
         """
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path)
@@ -49,7 +50,7 @@ class Store:
         return self._read(path) if path.exists() else None
 
     def done(self, runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-        """The results of those of the runs that came to their end, by key."""
+        """The results of the finished ones among the runs, by key."""
         found = {run.key: self.get(run) for run in runs}
         return {key: line for key, line in found.items() if line and line["status"] == "done"}
 
@@ -69,10 +70,10 @@ class Store:
 
     @contextmanager
     def claim(self, run: Run) -> Iterator[bool]:
-        """Whether this process may train a run, which no other then may until the context ends."""
+        """Whether this process may train a run; if so, no other process may until the context ends."""
         locks = self.folder / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        # The file stays: to remove it would let two processes lock two files of the same name.
+        # The file stays: if it were removed, two processes could lock two files of the same name.
         with (locks / run.key).open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +93,7 @@ class Store:
         except OSError as error:
             raise StudyError(f"{path}: cannot be read ({error.strerror}); results are files") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StudyError(f"{where}: is no JSON ({error}); remove the file, and the run is done again") from error
+            raise StudyError(f"{where}: is not JSON ({error}); remove the file, and the run is done again") from error
         if len(lines) != 1:
             last = max(1, len(lines))
             raise StudyError(f"{path}, line {last}: a result is one line, this file has {len(lines)}; remove it")
@@ -125,14 +126,14 @@ def _is_whole(line: dict[str, Any]) -> bool:
 
 
 def _has(value: Any, shape: Any) -> bool:
-    """Whether a value is of a type, or a dict whose values are of the types of a dict."""
+    """Whether a value has a type, or is a dict whose values have the types in a dict."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(_has(value.get(name), kind) for name, kind in shape.items())
     return isinstance(value, shape)
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to 8 digits, which is beyond what a float32 has."""
+    """Numbers rounded to 8 digits, more than a float32 has."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""A study: a file that names model, task, methods, grid and seeds, and the runs that it stands for.
+"""A study: a file that names model, task, methods, grid and seeds, and the runs that follow from it.
 
-Everything that can be wrong with a study is found here, before anything runs, and named with its line: one file of more
-than 300 lines, half of them such checks.
+Everything that can be wrong with a study is found here, before anything runs, and reported with its line. One file of
+more than 300 lines, because half of them are such checks.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from spikelora.peft.targets import TARGET_SCOPES
 from .methods import METHODS, adapter_config
 from .tasks import TASKS
 
-PARTS = ("held_out", "test")  # of the rows that are not trained on: to choose by, and to report then
+PARTS = ("held_out", "test")  # of the rows that are not trained on: one to choose settings on, one to report
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 
@@ -69,10 +69,10 @@ class Run:
     weight_decay: float = 0.01
     clipping: float = 1.0
     max_length: int = 128
-    A_rate: float | None = None  # learning rate of A, as a share of the others'
+    A_rate: float | None = None  # learning rate of A, as a share of the learning rate
     train_rows: int | None = None
     eval_rows: int | None = None
-    test: bool | None = None  # a test part is kept apart and measured at the end; without it all of that is trained on
+    test: bool | None = None  # keep a test part apart and measure it at the end; otherwise train on it
 
     def config(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -83,15 +83,15 @@ class Run:
 
 
 def key_of(config: Mapping[str, Any]) -> str:
-    """Hash of a resolved configuration; 16 hexadecimal digits, which name the run's file."""
+    """Hash of a resolved configuration: 16 hexadecimal digits, the name of the run's file."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one method at one point of the grid, one for each seed; what a line of a table is made of.
+    """The runs of one method at one point of the grid, one for each seed: one line of a table.
 
-    It is compared with plain LoRA at the same point and, where `against` names one, with another method there.
+    It is compared with plain LoRA at the same point and, if `against` names one, with another method there.
     """
 
     point: tuple[tuple[str, Any], ...]
@@ -106,7 +106,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its file says it, and all its cells in the order of the file."""
+    """A study as written in its file, with all its cells in the order of the file."""
 
     name: str
     path: Path
@@ -139,7 +139,7 @@ _SHOWN = ("sweep", "modules", "gradients", "history", "frontier")
 _TYPES = {f.name: f.type for f in fields(Run)}
 _OWN = {"v_threshold", "tau", "target_sparsity", "target_scope", "target_warmup", "learn_threshold", "surrogate"}
 _OWN |= {"surrogate_alpha", "rate", "position", "unit", "penalty"}
-# What each field of a run has to be, beside its type.
+# What each field of a run has to be, besides its type.
 _LIMITS = {
     "learning_rate": (lambda v: v > 0, "above 0"),
     "r": (lambda v: v >= 1, "at least 1"),
@@ -190,7 +190,7 @@ class _Reader:
         except OSError as error:
             raise StudyError(f"{path}: cannot be read ({error.strerror}); give the path of a study file") from error
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise StudyError(f"{path}: is no TOML: {error}") from error
+            raise StudyError(f"{path}: is not TOML: {error}") from error
 
     def study(self) -> Study:
         values = self.values
@@ -241,14 +241,15 @@ class _Reader:
         return Study(name=self.path.stem, path=self.path, cells=cells, show=show, order=order, lines=lines, **texts)
 
     def once(self, top: dict[str, Any], settings: dict[str, Any], grid: dict[str, Any]) -> None:
-        """A key that stands in two places of which neither is meant to override the other is refused."""
+        """Refuse a key that is given in two places, neither of which overrides the other."""
         twice = [("grid", key) for key in grid.keys() & (settings.keys() | top.keys())]
         twice += [("settings", key) for key in settings.keys() & top.keys()]
         for table, key in twice:
             self.fail(f"`{key}` is given twice, at the top, in `settings` or in `grid`", table, key)
 
     def methods(self, grid: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any], str | None]]:
-        """Each method: which table of the file, a label, the fields of its runs, and what else it is compared with."""
+        """For each method its table in the file, its label, the fields of its runs, and what else it is compared
+        with."""
         others = {label for _, label, _, _ in self.each_method(grid)} - {"lora"}  # all are compared with that one
         labels = set()
         for nth, label, own, against in self.each_method(grid):
@@ -283,7 +284,7 @@ class _Reader:
                 yield nth, label, {"method": name, **defaults, **point}, self.other(method, words, nth)
 
     def other(self, method: dict[str, Any], words: dict[str, str], nth: int) -> str | None:
-        """The label that `against` stands for, in which `{v_threshold}` is the method's own."""
+        """The label that `against` means, with the method's own value for `{v_threshold}`."""
         try:
             return method["against"].format(**words) if "against" in method else None
         except (AttributeError, KeyError, IndexError, ValueError):
@@ -314,7 +315,7 @@ class _Reader:
         return values
 
     def check(self, name: str, value: Any, foreign: set[str], *place: str | int) -> None:
-        """Whether a field of a run may be set at this place of the file, and to this value."""
+        """Check that a field of a run may be set at this place of the file, and to this value."""
         key = place[-1]
         if name not in _TYPES or name in foreign:
             known = ", ".join(sorted(_TYPES.keys() - foreign))
@@ -338,9 +339,9 @@ class _Reader:
         return next(((t, key) for t in ("settings", "grid") if key in self.values.get(t, {})), (key,))
 
     def line(self, *place: str | int) -> int:
-        """The line at which a key begins, by the keys and numbers that lead to it; else that of what it belongs to.
+        """The line at which a key begins, by the keys and numbers that lead to it; else the line of what contains it.
 
-        The first lines of the file are parsed, one more each time, until the key is there.
+        It parses the first lines of the file, one more each time, until the key is there.
         """
         lines = self.text.split("\n")
         for depth in range(len(place), 0, -1):

@@ -1,4 +1,4 @@
-"""Tables in markdown, made from the lines of results alone."""
+"""Tables in markdown, made only from the lines of results."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,15 +14,15 @@ from .tasks import TASKS
 _LONGEST = 200  # characters of an error or a warning
 Lines = dict[str, dict[str, Any]]
 NOTE = (
-    "Mean ± standard deviation over seeds [95 % confidence interval]; differences to LoRA are paired by seed, of runs "
-    "on the same rows, kind of device, Python and torch; p is of the paired t test, corrected by Holm's method for all "
-    "differences of the table. "
-    "Bold: p < 0.05 over at least 3 seeds, none of which failed, in a table that is complete, and nothing else."
+    "A figure is the mean ± standard deviation over seeds [95 % confidence interval]. Differences to LoRA are paired "
+    "by seed, between runs on the same rows, kind of device, Python and torch. p is of the paired t test, corrected by "
+    "Holm's method for all differences of the table. Bold is only what has p < 0.05 over at least 3 seeds, none of "
+    "which failed, in a complete table."
 )
 
 
 def markdown(study: Study, store: Store) -> str:
-    """All tables of a study, or what there is instead."""
+    """All tables of a study, or a line that says why there are none."""
     lines = store.done(study.runs)
     failed = {run.key: line["error"] for run in study.runs if (line := store.get(run)) and line["status"] == "failed"}
     pending = len(study.runs) - len(lines) - len(failed)
@@ -43,7 +43,7 @@ def markdown(study: Study, store: Store) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# What a reader who wants the answer passes over: it stands folded below the table.
+# Details are folded below the table: a reader who wants the answer skips them.
 _FOLDED = {"p", "p of that", "gap", "at threshold 0", "silent tokens", "dead before, after", "CPU min", "min"}
 
 
@@ -66,7 +66,7 @@ def modules_of(cell: Cell, lines: Lines) -> list[dict[str, Any]]:
 
 
 def figure(line: dict[str, Any], name: str, part: str) -> float:
-    """A number of a result: a metric or the sparsity on a part, or of the training; NaN where it has none."""
+    """A number of a result: a metric or the sparsity on a part, or of the training; NaN if there is none."""
     result = line["result"]
     of_part = result["test"] if part == "test" else result["metrics"]
     for group in (of_part, result.get("sparsity", {}), result, line["where"]):
@@ -76,7 +76,7 @@ def figure(line: dict[str, Any], name: str, part: str) -> float:
 
 
 def beside(cell: Cell, study: Study, label: str | None = "lora") -> Cell | None:
-    """The cell of another method at the same point of the grid; None where there is none, or it is this one."""
+    """The cell of another method at the same point of the grid; None if there is none, or it is this cell."""
     found = (other for other in study.cells if other.label == label != cell.label and other.point == cell.point)
     return next(found, None)
 
@@ -103,7 +103,7 @@ def _compared(
     head.append("CPU min" if on_cpu else "min")
     pairs = [difference_to(cell, study, lines, label) for cell in study.cells for label in ("lora", cell.against)]
     corrected = holm([pair.p if pair else math.nan for pair in pairs])
-    # What is left of seeds some of which failed is a selection, and no sample.
+    # If some seeds failed, the others are a selection and not a sample.
     whole = [
         is_complete and not any(run.key in failed for c in (cell, beside(cell, study, label)) if c for run in c.runs)
         for cell in study.cells
@@ -128,7 +128,7 @@ def _compared(
         row += [_with_sd(_over(found, name, study.part)) for name in (*others, "generalisation_gap", "sparsity")]
         operations = _over(found, "operations", study.part).mean
         row.append("" if math.isnan(operations) else f"{operations / 1000:.1f}k")
-        # Masks that do not look at the activation are no thresholds.
+        # Masks that ignore the activation are not thresholds.
         looks = cell.runs[0].method not in ("random_mask", "dropout")
         row.append(_mean(_over(found, "zero_threshold_sparsity", study.part)) if looks else "")
         row.append(_mean(_over(found, "silent_tokens", study.part)))
@@ -145,7 +145,7 @@ def title_of(figure: str, part: str) -> str:
 
 
 def difference_to(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
-    """Of a cell to another at the same point of the grid, over the seeds whose runs have the same circumstances."""
+    """The difference of a cell to another at the same point of the grid, over seeds with the same circumstances."""
     other = beside(cell, study, label)
     if other is None:
         return None
@@ -156,7 +156,7 @@ def difference_to(cell: Cell, study: Study, lines: Lines, label: str | None) -> 
 
 
 def _circumstances(line: dict[str, Any]) -> list[Any]:
-    """What has to be the same in a pair beside seed and settings; `pydoc` is another text in each Python."""
+    """What has to be the same in a pair besides seed and settings; `pydoc` is another text in each Python."""
     rows = [line["result"].get(name) for name in ("train_rows", "eval_rows")]
     return [*rows, line["where"]["device"], *(line["versions"].get(name) for name in ("python", "torch"))]
 
@@ -166,13 +166,13 @@ def _over(found: dict[int, dict[str, Any]], name: str, part: str) -> Summary:
 
 
 def _other_rank(cell: Cell, found: dict[int, dict[str, Any]]) -> int | None:
-    """The rank that was trained, where it is not the one that was asked for."""
+    """The rank that was trained, if it is not the one that was asked for."""
     ranks = {line["result"]["r"] for line in found.values()} - {cell.runs[0].r}
     return ranks.pop() if ranks else None
 
 
 def _gradients(study: Study, lines: Lines) -> tuple[list[str], list[list[str]]] | None:
-    """Mean norms of the gradients of A and B, and how the modules' norms correlate with those under LoRA."""
+    """Mean norms of the gradients of A and B, and the correlation of the modules' norms with those under LoRA."""
     head = [*(name for name, _ in study.cells[0].point), "method"]
     head += ["gradient of A", "of B", "A / LoRA's", "B / LoRA's", "correlation over modules, A", "B"]
     body = []
@@ -225,7 +225,7 @@ _MORE = {"gradients": _gradients, "modules": _modules}
 
 
 def _remarks(study: Study, lines: Lines, failed: dict[str, str]) -> list[str]:
-    """What failed, and what the package warned of, such as a target that was missed; as often as it happened."""
+    """What failed, what the package warned of (such as a missed target), and how often."""
     remarks: dict[str, int] = {}
     for cell in study.cells:
         where = ", ".join([cell.label, *(f"{name} {as_text(value)}" for name, value in cell.point)])
@@ -240,7 +240,7 @@ def _remarks(study: Study, lines: Lines, failed: dict[str, str]) -> list[str]:
 
 
 def _spent(lines: Sequence[dict[str, Any]]) -> str:
-    """Where and with what; the newest and the oldest where they differ."""
+    """The time, machines and versions of the runs; the oldest and the newest if they differ."""
     hours = sum(line["where"]["total_seconds"] for line in lines) / 3600
     devices = sorted({line["where"]["device"] for line in lines})
     used = {name: sorted({line["versions"].get(name, "none") for line in lines}) for name in lines[0]["versions"]}

@@ -1,12 +1,12 @@
-"""Held sparsities beside fixed thresholds: the small model of the example, trained once for each; one table.
+"""Held sparsities and fixed thresholds: the small model of the example, trained once for each; one table.
 
     python experiments/target_sparsity.py
 
-Each run is `examples/spikelora_finetuning/spikelora_finetuning.py` with its defaults, one flag, and more text held out:
-the default's tenth is 16 passages, over which the sparsity of a module has a standard error of up to 0.012, too much to
-see whether it is within 0.03 of its target. A run that has finished is not repeated, so that an interrupted experiment
-goes on where it stopped. Writes `docs/target_sparsity.csv` and `docs/target_sparsity.md`. About 25 minutes on two CPU
-cores.
+Each run is `examples/spikelora_finetuning/spikelora_finetuning.py` with its defaults, one flag, and more text held out.
+The default's tenth is only 16 passages. Over these the sparsity of a module has a standard error of up to 0.012, too
+much to see whether it is within 0.03 of its target. A run that has finished is not repeated, so an interrupted
+experiment goes on where it stopped. Writes `docs/target_sparsity.csv` and `docs/target_sparsity.md`. About 25 minutes
+on two CPU cores.
 """
 
 import json
@@ -31,7 +31,7 @@ HEAD = """# Held sparsities and fixed thresholds
 
 Made by `python experiments/target_sparsity.py`: the small model and the text of the example with {held_out:.0%} of the
 passages held out, {steps} updates, seed 0, on CPU cores, torch {torch}. Measured on the held-out text without padding.
-Each line is a single run. A target is missed where the whole is off by more than {tolerance} or a module by more than
+Each line is a single run. A target is missed if the whole is off by more than {tolerance}, or a module by more than
 {module_tolerance}.
 """
 
@@ -59,7 +59,7 @@ def row(flag: str, value: float, metrics: dict) -> dict:
 
 
 def fixed_at(sparsity: float, fixed: pd.DataFrame) -> float:
-    """Loss of fixed thresholds at a sparsity, on the line between the two runs around it; NaN outside of all."""
+    """Loss of fixed thresholds at a sparsity, interpolated between the two nearest runs; NaN outside all runs."""
     fixed = fixed.sort_values("sparsity")
     for (_, below), (_, above) in zip(fixed.iloc[:-1].iterrows(), fixed.iloc[1:].iterrows(), strict=True):
         if below.sparsity <= sparsity <= above.sparsity:
@@ -93,7 +93,7 @@ def text(table: pd.DataFrame) -> str:
         )
     lines += [
         "",
-        "The last column lies on the line between the two runs of fixed thresholds around that sparsity:",
+        "The last column is interpolated between the two runs of fixed thresholds on either side of that sparsity:",
         "",
         "| `v_threshold` | sparsity | modules, lowest and highest | of 24 never fire before, after | loss |",
         "|---|---|---|---|---|",

@@ -17,7 +17,7 @@ from scipy import stats
 
 
 class TaskError(Exception):
-    """Data that are not there or do not fit; the message names file and line, or the columns."""
+    """Data that are missing or do not fit; the message names file and line, or the columns."""
 
 
 class Row(NamedTuple):
@@ -29,9 +29,10 @@ class Row(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows of a task: to train on, to choose by, and to report where something was chosen.
+    """The rows of a task: to train on, to choose settings on, and to report if settings were chosen.
 
-    `test` is a file of its own, or rows that stand in `train` as well: `Task.load` takes them out where they are used.
+    `test` comes from its own file, or its rows are in `train` as well: then `Task.load` takes them out if they are
+    used.
     """
 
     train: list[Row]
@@ -41,14 +42,14 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A task; `metrics` are named as in `METRICS`, the one that tables compare first. `labels` is 1 for regression."""
+    """A task; `metrics` are named as in `METRICS`, first the one that tables compare. `labels` is 1 for regression."""
 
     read: Callable[[], Rows]
     metrics: tuple[str, ...]
     labels: int
 
     def load(self, with_test: bool = False) -> Rows:
-        """The rows; with a test part nothing of it is trained on."""
+        """The rows; if there is a test part, none of it is trained on."""
         rows = self.read()
         if not with_test:
             return rows
@@ -64,7 +65,7 @@ class Task:
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation of two binary vectors; 0 where one of them is constant, as GLUE's scorer has it."""
+    """Matthews' correlation of two binary vectors; 0 if one of them is constant, as in GLUE's scorer."""
     if len(set(predicted)) < 2 or len(set(labels)) < 2:
         return 0.0
     return float(np.corrcoef(predicted, labels)[0, 1])
@@ -75,7 +76,7 @@ def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Harmonic mean of precision and recall of label 1; 0 where nothing is right."""
+    """Harmonic mean of precision and recall of label 1; 0 if nothing is right."""
     right = ((predicted == 1) & (labels == 1)).sum()
     return float(2 * right / max(1, (predicted == 1).sum() + (labels == 1).sum()))
 
@@ -108,7 +109,7 @@ def _lines(name: str) -> list[str]:
     data = _file(name).read_bytes()
     try:
         return data.decode().split("\n")
-    except UnicodeDecodeError:  # as Subj is usually handed around
+    except UnicodeDecodeError:  # the usual copies of Subj
         return data.decode("latin-1").split("\n")
 
 
@@ -150,7 +151,7 @@ def _cola() -> Rows:
 
 
 def _every_tenth(rows: list[Row]) -> list[Row]:
-    """Of training rows those of the test part; others than what is held out of tasks that come in one piece."""
+    """The training rows of the test part; for tasks in one piece these are not the held-out rows."""
     return rows[5::10]
 
 
@@ -178,7 +179,7 @@ def _shakespeare() -> Rows:
 def _pydoc() -> Rows:
     """Python's language reference in passages of about 2,000 characters, every tenth held out.
 
-    The topics contain each other: a paragraph is taken once, so that none of the held-out text is also trained on.
+    The topics contain each other. A paragraph is taken only once, so none of the held-out text is also trained on.
     """
     from pydoc_data.topics import topics
 
@@ -268,10 +269,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[dict[st
 
 
 def batches_of(rows: Sequence[dict[str, Any]], size: int, order: np.random.Generator | None) -> list[list[int]]:
-    """Indices of rows of similar length, batch by batch; in random order where there is one, else as they lie.
+    """Indices of rows of similar length, batch by batch; in random order if `order` is given, else by length.
 
-    Rows are shuffled, sorted by length within fifty batches, and the batches are shuffled: what is trained together
-    changes from epoch to epoch, with little padding.
+    Rows are shuffled, sorted by length within fifty batches, and the batches are shuffled. So each epoch has other
+    batches, with little padding.
     """
     lengths = np.array([len(row["input_ids"]) for row in rows])
     if order is None:

@@ -1,4 +1,4 @@
-"""One run: a model with an adapter trained on a task, and what comes out, by the seed alone."""
+"""One run: a model with an adapter trained on a task, and its results, which depend only on the seed."""
 
 import datetime
 import math
@@ -29,30 +29,30 @@ _EVAL_BATCH = 64
 
 
 def processes() -> PartialState:
-    """Those of `accelerate launch`, which on a machine without a GPU have to be asked for as such."""
+    """The processes of `accelerate launch`; on a machine without a GPU they must be asked for with `cpu=True`."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 class Diverged(Exception):
-    """The loss is no finite number any more."""
+    """The loss is not finite any more."""
 
 
 def train(run: Run, bar: bool = False) -> dict[str, Any]:
-    """Train a run and return `result`, `versions` and `where` of its line; the first is the same each time on a CPU.
+    """Train a run and return `result`, `versions` and `where` of its line; on a CPU `result` is always the same.
 
     Raises:
-        Diverged: where the loss is not finite.
+        Diverged: if the loss is not finite.
     """
     started = time.perf_counter()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as two runs at once are faster than one on two cores
+    torch.set_num_threads(1)  # because two runs at once are faster than one run on two cores
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result, seconds = _Training(run, bar).run()
     finally:
         torch.set_num_threads(threads)
-    # What the package warns of belongs to the result; the libraries' own remarks do not.
+    # The package's own warnings belong to the result; those of the libraries do not.
     result["warnings"] = [str(w.message) for w in caught if w.category is RuntimeWarning]
     where = {
         "device": _device(),
@@ -97,7 +97,7 @@ class _Training:
         run = self.settings
         parts = self.task.load(bool(run.test))
         train, held_out, test = (encode(rows, self.tokenizer, run.max_length) for rows in parts)
-        # Few training rows are others for each seed, what is held out is the same for all.
+        # If the training rows are limited, each seed draws its own; the held-out rows are the same for all.
         train, held_out = _some(train, run.train_rows, run.seed), _some(held_out, run.eval_rows, 0)
         return train, held_out, _some(test, run.eval_rows, 0) if run.test else []
 
@@ -121,7 +121,7 @@ class _Training:
                 loss_sum, norms = torch.zeros((), device=self.device), []
                 batches = batches_of(self.train_rows, run.batch_size, order)
                 for batch in batches:
-                    mine = batch[rank::processes] or batch[:1]  # all take part in each step
+                    mine = batch[rank::processes] or batch[:1]  # every process takes part in each step
                     loss = trained(**self._collate([self.train_rows[n] for n in mine])).loss
                     penalty = 0.0 if run.penalty is None else run.penalty * fired(self.model)
                     self.accelerator.backward(loss + penalty)
@@ -149,7 +149,7 @@ class _Training:
         return result, {"training_seconds": wall, "training_cpu_seconds": cpu}
 
     def _result(self, start: dict, end: dict, history: list[dict], norms: list[Tensor], steps: int) -> dict[str, Any]:
-        # As many rows as are held out, so that neither loss is the steadier one.
+        # As many rows as are held out, so that both losses are equally noisy.
         again = self.evaluate(_some(self.train_rows, len(self.held_out), 0))
         ends = {name: end[name] for name in (*self.task.metrics, "loss")}
         result = {
@@ -178,7 +178,7 @@ class _Training:
     def _operations(self, report: SparsityReport | None) -> float:
         """Multiply-accumulates of the whole adapter for a token: `r * in + (1 - sparsity) * r * out` in each module.
 
-        As `spikelora.operations` has them, for LoRA and the controls as well, of which that one knows nothing.
+        The same as in `spikelora.operations`, but also for LoRA and the controls, which that function does not know.
         """
         silent = {name: module.sparsity for name, module in report.modules.items()} if report else {}
         layers = {name.removeprefix("base_model.model."): layer for name, layer in self.model.named_modules()}
@@ -202,7 +202,7 @@ class _Training:
 
     @torch.no_grad()
     def evaluate(self, rows: list[dict]) -> dict[str, Any]:
-        """Loss, the task's metrics and, of gates, the sparsity without padding; all processes look at all rows."""
+        """Loss, the task's metrics and, with gates, the sparsity without padding; every process runs all rows."""
         self.model.eval()
         loss, count, outputs, labels = 0.0, 0, [], []
         meter = SparsityMeter(self.model) if self.has_gates else None
@@ -246,7 +246,8 @@ class _Training:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _groups(self) -> list[dict[str, Any]]:
-        """No decay of biases, nor of learned thresholds, which it would pull to 0; A perhaps at a rate of its own."""
+        """Parameter groups: no weight decay for biases and learned thresholds, which it would pull to 0; `A_rate` for
+        A."""
         run = self.settings
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, p in self.model.named_parameters():
@@ -265,7 +266,7 @@ class _Training:
         return control
 
     def _arguments(self) -> Any:
-        """What the callback reads of the Trainer's arguments."""
+        """The Trainer's arguments that the callback reads."""
         return SimpleNamespace(n_gpu=1, device=self.device)
 
 

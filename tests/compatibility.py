@@ -1,8 +1,8 @@
 """A plugin of pytest that writes `docs/compatibility.md`, see `make compatibility`.
 
-A test that carries `@pytest.mark.compatibility(area, feature)` says that the feature works; with `refused=reason` that
-it raises, and why. Skipped, it says that the feature was not tested, for the reason it was skipped for. A run of all
-tests notes the versions that it was made with, in `docs/versions.json`, for the same page.
+A test that carries `@pytest.mark.compatibility(area, feature)` says that the feature works, or with `refused=reason`
+that it raises, and why. If the test is skipped, the page says that the feature was not tested, and why. A run of all
+tests notes its versions in `docs/versions.json`, for the same page.
 """
 
 import json
@@ -69,9 +69,9 @@ def page() -> str:
 
 
 def section() -> str:
-    lines = ["An import beside a PEFT or transformers that `pyproject.toml` does not name says which one to install."]
+    lines = ["With a PEFT or transformers that `pyproject.toml` does not allow, the import says which one to install."]
     if RUNS.exists():
-        lines += ["All tests, `make versions`, were also run with", "", "| | passed | skipped |", "|---|---|---|"]
+        lines += ["`make versions` also ran all tests with", "", "| | passed | skipped |", "|---|---|---|"]
         for names, counts in json.loads(RUNS.read_text()).items():
             lines.append(f"| {names} | {counts['passed']:,} | {counts['skipped']} |")
     return VERSIONS + "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """A stand-in for a GPU: a second device, `standin:0`, whose tensors lie in host memory and do not mix with the CPU's.
 
 `python -m pytest -p tests.second_device` runs tests with it: trainers, `device_map="auto"`, pipelines and PEFT's
-loaders then put things there, as on a machine with a GPU, and what leaves a tensor on the CPU fails as it would there.
-It knows nothing of kernels, of rounding, of other processes, nor of autocast, and layers take the plain path on it.
+loaders then put things there, as on a machine with a GPU, and code that leaves a tensor on the CPU fails as it would
+there. It does not imitate kernels, rounding, other processes or autocast, and layers take the plain path on it.
 """
 
 import pytest

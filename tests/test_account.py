@@ -174,11 +174,11 @@ def test_verdict_where_it_is_cheaper(model):
     base = 15 * 4.6 + 15 * 640 + 8 * 5
     assert ledger.saving == pytest.approx(1 - effective / lora)
     assert ledger.verdict == (
-        f"Where all that is silent is skipped, SpikeLoRA takes {100 * (1 - effective / lora):.3g}% less energy per "
-        "token than LoRA unmerged, beyond the base, and 31.2% fewer multiply-accumulates; with the base "
+        f"If all that is silent is skipped, SpikeLoRA adds {100 * (1 - effective / lora):.3g}% less energy per token "
+        "to the base than unmerged LoRA, and 31.2% fewer multiply-accumulates. With the base included it takes "
         f"{100 * (1 - (base + effective) / (base + lora)):.3g}% less energy. A is dense: it alone is 37.5% of LoRA's "
-        "multiply-accumulates, which no sparsity saves. Computed densely, SpikeLoRA takes 12.4% more, not less, energy "
-        "than LoRA unmerged. It is never cheaper than LoRA merged, which costs nothing beyond the base."
+        "multiply-accumulates, which no sparsity saves. Computed in full, SpikeLoRA adds 12.4% more energy than "
+        "unmerged LoRA. It is never cheaper than merged LoRA, which adds nothing to the base."
     )
 
 
@@ -187,7 +187,7 @@ def test_verdict_where_it_costs_more():
     ledger = operations(model, measure(model))
 
     assert ledger.saving < 0
-    assert f"SpikeLoRA takes {-100 * ledger.saving:.3g}% more, not less, energy per token" in ledger.verdict
+    assert f"SpikeLoRA adds {-100 * ledger.saving:.3g}% more energy per token" in ledger.verdict
     assert "and no fewer multiply-accumulates" in ledger.verdict
 
 

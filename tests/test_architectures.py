@@ -125,9 +125,9 @@ FAMILIES = {
     "a recurrent network of LIF neurons": Family("Recurrent", {}, None, ["inward", "recurrent", "outward"], padded=()),
 }
 NOTES = {
-    "Mamba": "on `in_proj`: what its kernels read, they do not call",
-    "RWKV": "with more than `rescale_every` layers as wrong in evaluation as LoRA is; set `rescale_every=0`",
-    "Mixtral": "on the attention; its experts and its router are no linear layers",
+    "Mamba": "on `in_proj`; its kernels read the weights of the other layers without calling them",
+    "RWKV": "set `rescale_every=0`; else, with more layers than `rescale_every`, an evaluation is wrong, as with LoRA",
+    "Mixtral": "on the attention; its experts and its router are not linear layers",
 }
 
 

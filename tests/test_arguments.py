@@ -1,4 +1,4 @@
-"""What public functions can be handed wrongly ends in a `SpikeLoraError` that names the argument."""
+"""A wrong argument of a public function ends in a `SpikeLoraError` that names it."""
 
 import inspect
 

@@ -140,7 +140,7 @@ def test_a_second_backward_without_the_input_says_what_to_do():
     model, x = layer_of("linear", "fixed")
     for name, p in model.named_parameters():
         p.requires_grad_("lora_B" in name)
-    with pytest.raises(SpikeLoraError, match="not kept where `lora_A` is frozen"):
+    with pytest.raises(SpikeLoraError, match="not kept if `lora_A` is frozen"):
         torch.autograd.grad(model(x).sum(), list(trained(model).values()), create_graph=True)
 
 

@@ -1,4 +1,4 @@
-"""`spikelora autoload`, in a virtual environment of its own whose packages are those of the tests."""
+"""`spikelora autoload`, in its own virtual environment, which sees the packages of the tests."""
 
 import shutil
 import site

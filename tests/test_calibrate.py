@@ -1,4 +1,4 @@
-"""Calibration: thresholds are quantiles of each module's own activations, and nothing changes where it fails."""
+"""Calibration: thresholds are quantiles of each module's own activations, and nothing changes if it fails."""
 
 import copy
 

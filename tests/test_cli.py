@@ -1,4 +1,4 @@
-"""The command, as a shell calls it: what it prints, writes and ends with."""
+"""The command, as a shell calls it: what it prints and writes, and its exit status."""
 
 import json
 import shutil
@@ -127,8 +127,8 @@ def test_wrong_usage_ends_with_2(adapter, data, tmp_path, capsys):
         (("report", tmp_path / "missing"), "does not exist"),
         (("inspect",), "Missing argument 'ADAPTER'"),
         (("solve",), "No such command 'solve'"),
-        ((*calibrate, full), "exists and is no empty folder"),
-        ((*calibrate, full / "kept.txt"), "exists and is no empty folder"),
+        ((*calibrate, full), "exists and is not an empty folder"),
+        ((*calibrate, full / "kept.txt"), "exists and is not an empty folder"),
         ((*calibrate, tmp_path / "new", "--target_sparsity", "1.5"), "`--target_sparsity` must be a share"),
         ((*calibrate, tmp_path / "new", "--target_scope", "model"), "`--target_scope` must be one of"),
         ((*calibrate, tmp_path / "new", "--batch_size", "0"), "--batch_size"),
@@ -235,7 +235,7 @@ def test_calibrate_takes_another_base_model_and_an_empty_folder(adapter, base_fo
     [
         ("", "has no text"),
         ('{"text": "word1 word2"}\n{"other": "word1"}\n', "line 2 has no text under 'text'"),
-        ('{"text": "word1 word2"\n', "line 1 is no JSON"),
+        ('{"text": "word1 word2"\n', "line 1 is not JSON"),
         ("[1]\n", "line 1 has no text under 'text'"),
         (json.dumps({"text": " ".join(WORDS)}), "more than the 64 positions"),
     ],

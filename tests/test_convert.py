@@ -1,4 +1,4 @@
-"""From LoRA to SpikeLoRA and back: what is kept is kept, what is lost is said."""
+"""From LoRA to SpikeLoRA and back: what has to stay stays, and what is lost is reported."""
 
 import copy
 import json

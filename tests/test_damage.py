@@ -1,7 +1,7 @@
-"""Whatever is done to a saved adapter, loading it gives the adapter that was saved, or a clear error and no change.
+"""Whatever is done to a saved adapter, loading it gives the saved adapter, or a clear error and no change.
 
-What cannot be told from another trained adapter is left out here: a bit of a weight that flips to another finite
-number, or a digit of `lora_alpha`; see docs/files.md.
+Damage that looks like another trained adapter is left out here: a bit of a weight that flips to another finite number,
+or a digit of `lora_alpha`; see docs/files.md.
 """
 
 import json
@@ -365,13 +365,16 @@ def test_hotswapping_an_adapter_with_patterns(tmp_path):
     ("change", "message"),
     [
         (lambda tensors, module: tensors.pop(f"{module}.lora_gate.tau"), r"no `lora_gate\.tau` for `.*fc1`"),
-        (lambda tensors, module: tensors[f"{module}.lora_A.weight"].fill_(float("nan")), r"lora_A.*no finite numbers"),
+        (lambda tensors, module: tensors[f"{module}.lora_A.weight"].fill_(float("nan")), r"lora_A.*not finite numbers"),
         (lambda tensors, module: tensors[f"{module}.lora_gate.tau"].fill_(float("nan")), r"`tau` of `.*fc1`"),
         (
             lambda tensors, module: tensors.update({f"{module}.lora_C.weight": torch.ones(1)}),
             r"lora_C.*no `lora_A` that",
         ),
-        (lambda tensors, module: tensors.update({"x.weight": torch.ones(1)}), r"has `x\.weight`, which the model has"),
+        (
+            lambda tensors, module: tensors.update({"x.weight": torch.ones(1)}),
+            r"has `x\.weight`, which the model does not have",
+        ),
         (lambda tensors, module: tensors.update({f"{module}.lora_B.weight": torch.ones(64, 3)}), "not of one rank"),
         (lambda tensors, module: tensors.update({f"{module}.lora_A.weight": torch.ones(4, 9)}), r"the shape \(4, 9\)"),
         (lambda tensors, module: tensors.clear(), "no `lora_A` at all"),
@@ -393,7 +396,7 @@ def test_tensors_given_to_transformers(saved):
     tensors["base_model.model.model.decoder.layers.1.fc1.lora_B.weight"][0, 0] = float("inf")
     base = tiny_opt()
     before = state(base)
-    with pytest.raises(SpikeLoraError, match=r"fc1\.lora_B\.weight` .*no finite numbers"):
+    with pytest.raises(SpikeLoraError, match=r"fc1\.lora_B\.weight` .*not finite numbers"):
         base.load_adapter(peft_config=config, adapter_state_dict=tensors)
     assert state(base) == before
 
@@ -558,7 +561,7 @@ def test_a_configuration_without_what_scales_the_weights(name, saved, tmp_path):
     config = json.loads(saved[0][CONFIG])
     del config[name]
     folder = write(saved[0] | {CONFIG: json.dumps(config).encode()}, tmp_path / "adapter")
-    with pytest.raises(SpikeLoraError, match=f"has no {name}, on which the scaling"):
+    with pytest.raises(SpikeLoraError, match=f"has no {name}, which the scaling of its weights needs"):
         PeftModel.from_pretrained(tiny_opt(), folder)
 
 

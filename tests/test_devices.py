@@ -1,4 +1,4 @@
-"""What finds its device by itself, where there is another than the CPU: a GPU, or what stands in for one."""
+"""Code that finds its device by itself, on a device other than the CPU: a GPU, or a stand-in for one."""
 
 import pytest
 import torch

@@ -152,7 +152,7 @@ def test_messages_in_the_questions_are_the_package_s_own():
     for message in (
         "A SpikeLoRA adapter cannot be merged",
         "TRL hands vLLM the weights of the model with its adapter merged",
-        "is that before the training, not the checkpoint's",
+        "is from before the training, not from the checkpoint",
         "cannot learn while they are silent, as their B is still 0",
     ):
         assert message in page

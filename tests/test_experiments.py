@@ -1,4 +1,4 @@
-"""The study: bad input stops it before anything runs, an interrupted one goes on, its tables are made of results."""
+"""The study: bad input stops it before anything runs, an interrupted one goes on, its tables are made from results."""
 
 import functools
 import json
@@ -119,7 +119,7 @@ class TestBadStudy:
             ("seeds = [0, 1]", "seeds = [4294967296]", "line 5: `seeds` must be at least 0 and below 2**32"),
             ("max_length = 16", f"max_length = 16\nweight_decay = 1{'0' * 400}", "`weight_decay` must be finite"),
             ("epochs = 1", "'epochs' = 0", "line 9: `epochs` must be at least 1, got 0"),
-            ('title = "Tiny"', 'title = "Tiny', "is no TOML: .*line 1"),
+            ('title = "Tiny"', 'title = "Tiny', "is not TOML: .*line 1"),
         ],
     )  # fmt: skip
     def test_is_refused_with_its_line(self, old, new, message, study, capsys):
@@ -160,7 +160,7 @@ class TestBadResults:
             (lambda line: json.dumps({"loss": 3}), "line 1: written by version None"),
             (lambda line: json.dumps({"schema": SCHEMA, "other": 1}), "line 1: a part of the result is missing"),
             (lambda line: json.dumps({k: v for k, v in line.items() if k != "result"}), "line 1: a part of the result"),
-            (lambda line: json.dumps(line)[:40], "line 1: is no JSON"),
+            (lambda line: json.dumps(line)[:40], "line 1: is not JSON"),
             (lambda line: json.dumps(line) + "\n" + json.dumps(line), "line 2: a result is one line"),
             (lambda line: json.dumps(line | {"config": line["config"] | {"seed": 9}}), "line 1: key, configuration"),
             (lambda line: json.dumps(line | {"result": {}}), "line 1: a part of the result is missing"),
@@ -170,8 +170,8 @@ class TestBadResults:
             (lambda line: json.dumps(line).replace('"by_epoch"', '"epochs"'), "line 1: a part of the result"),
             (lambda line: json.dumps(line | {"status": "running", "error": "x"}), "line 1: a part of the result"),
             (lambda line: json.dumps(line).replace('"loss": 4.0', '"loss": "a"', 1), "line 1: a part of the result"),
-            (lambda line: "\udcff", "line 1: is no JSON"),
-            (lambda line: "", "line 1: is no JSON"),
+            (lambda line: "\udcff", "line 1: is not JSON"),
+            (lambda line: "", "line 1: is not JSON"),
         ],
     )
     @pytest.mark.parametrize("command", ["run", "list", "table", "plot"])

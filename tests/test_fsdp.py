@@ -1,7 +1,7 @@
 """Several processes under FSDP2: thresholds in shards, and everything as under DDP.
 
-accelerate shards models on accelerators only, and takes any other for DDP. `shard_on_cpu` tells it that these processes
-have one; what it and FSDP2 do from there on is the same, over gloo. NCCL and GPUs are not tested here.
+accelerate shards models only on accelerators, and uses DDP elsewhere. `shard_on_cpu` tells it that these processes have
+an accelerator. From there on accelerate and FSDP2 do the same, over gloo. NCCL and GPUs are not tested here.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""`generate` in its variants and pipelines give the tokens that the spiking model's own logits ask for."""
+"""`generate` in its variants, and pipelines, give the tokens that follow from the spiking model's own logits."""
 
 from pathlib import Path
 

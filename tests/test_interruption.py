@@ -77,8 +77,8 @@ def is_one_of(found, *expected):
 @pytest.mark.compatibility(
     "Reliability",
     "a process killed while it saves over an adapter",
-    note="the old adapter, the new one, or an error; with a rank that stays, the weights of one may meet the "
-    "`lora_alpha` of the other, so that a folder of its own is safer",
+    note="the old adapter, the new one, or an error; if both have the same rank, the weights of one may meet the "
+    "`lora_alpha` of the other, so a folder of its own is safer",
 )
 @pytest.mark.parametrize("options", [{"r": 2}, {"v_threshold": 0.7}, {"r": 2, "lora_alpha": 1}], ids=str)
 def test_a_save_over_an_adapter_that_is_killed(options, tmp_path):

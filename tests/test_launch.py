@@ -124,5 +124,5 @@ def test_accelerate_reads_the_configuration(name, kind):
 
 @pytest.mark.compatibility("Many processes", "DeepSpeed ZeRO-3")
 def test_deepspeed():
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed, and wants a GPU")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed, and needs a GPU")
     pytest.skip("nobody has run accelerate/deepspeed_zero3.yaml")

@@ -1,4 +1,4 @@
-"""What several of the project's files say, said alike."""
+"""Facts that stand in several of the project's files are the same in all of them."""
 
 import re
 import tomllib

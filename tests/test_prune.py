@@ -1,4 +1,4 @@
-"""Pruning: what never fires goes, what is left computes, saves and loads the same."""
+"""Pruning: ranks that never fire are removed; the others compute, save and load the same."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The report says what is in a folder, and that something is missing where it is."""
+"""The report says what is in a folder, and what is missing."""
 
 import json
 import math
@@ -129,7 +129,7 @@ def set_tensor(folder, name, change):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("lora_B.weight", lambda b: b * torch.nan, rf"{FC1}\.lora_B.*no finite numbers.*learning rate"),
+        ("lora_B.weight", lambda b: b * torch.nan, rf"{FC1}\.lora_B.*not finite numbers.*learning rate"),
         ("lora_B.weight", lambda b: b[:, :3].clone(), rf"{FC1}`.* have the shapes \(4, 32\) and \(64, 3\)"),
         ("lora_gate.tau", lambda tau: tau * 0, rf"`tau` of `base_model.model.{FC1}`.*above 1"),
     ],

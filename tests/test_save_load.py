@@ -1,4 +1,4 @@
-"""What is saved is what is loaded, by every loader, and nothing half-right is."""
+"""Every loader loads exactly what was saved, and nothing that is only half right."""
 
 import json
 import subprocess

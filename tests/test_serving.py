@@ -1,4 +1,4 @@
-"""What of the plugin for vLLM holds where there is no vLLM; the rest: tests/serving."""
+"""The parts of the plugin for vLLM that can be tested without vLLM; the rest is in tests/serving."""
 
 import importlib
 import subprocess

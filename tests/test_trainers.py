@@ -1,4 +1,4 @@
-"""transformers' Trainer and those of TRL with spiking adapters: what they train, save, resume, push and refer to."""
+"""transformers' Trainer and TRL's trainers with spiking adapters: training, saving, resuming, pushing, references."""
 
 import copy
 import json

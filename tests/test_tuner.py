@@ -618,7 +618,7 @@ class ReadsIts(nn.Module):
 
 
 def test_a_module_that_its_model_seems_to_read_is_warned_of():
-    with pytest.warns(RuntimeWarning, match="By the source of ReadsIts target module `read` is read and never called"):
+    with pytest.warns(RuntimeWarning, match="The source of ReadsIts reads target module `read` and never calls it"):
         get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["read", "called"]))
     get_peft_model(ReadsIts(), SpikeLoraConfig(target_modules=["called"]))
 
@@ -646,5 +646,5 @@ class HandsAnotherOn(ReadsIts):
 
 def test_a_module_that_is_handed_to_a_processor_is_not_warned_of():
     get_peft_model(HandsItselfOn(), SpikeLoraConfig(target_modules=["read"]))
-    with pytest.warns(RuntimeWarning, match="By the source of HandsAnotherOn target module `read`"):
+    with pytest.warns(RuntimeWarning, match="The source of HandsAnotherOn reads target module `read`"):
         get_peft_model(HandsAnotherOn(), SpikeLoraConfig(target_modules=["read"]))

@@ -1,4 +1,4 @@
-"""What type checkers make of the wheel: `make types`, as pyright has to be installed and mypy takes minutes."""
+"""Type checkers on the wheel: `make types`, because pyright has to be installed and mypy takes minutes."""
 
 import json
 import subprocess

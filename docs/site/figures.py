@@ -91,7 +91,7 @@ def neuron() -> plt.Figure:
 
 
 def one_token(steps: int = 20) -> tuple[str, dict[str, Tensor]]:
-    """A token and what one layer of a briefly trained adapter makes of it, each with its tensor."""
+    """The tensors of a token on its way through one layer of a briefly trained adapter."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)

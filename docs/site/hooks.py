@@ -1,8 +1,8 @@
-"""What the site needs beside MkDocs, as its hooks.
+"""MkDocs hooks for what the site needs beyond MkDocs.
 
 - The README is the site's first page.
 - A notebook becomes a page, with the outputs that are saved in it.
-- A page may link to any file of the repository, as it does where the repository is read: the site gets a copy.
+- A page may link to any file of the repository. The site gets a copy of it.
 - The command's page gets what the command itself says of its options.
 """
 
@@ -28,7 +28,7 @@ _origins: dict[str, Path] = {}  # by page, the file of the repository that it wa
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made of files elsewhere, and what they and all others link to."""
+    """Add the pages that are made from files elsewhere, and the files that pages link to."""
     _origins.clear()
     texts = []
     for file in list(files):
@@ -62,7 +62,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def _target(origin: Path, link: str) -> Path | None:
-    """The file of the repository that a link means, where its place in the site is another."""
+    """The file of the repository that a link means, if its place in the site is another."""
     path = Path(os.path.normpath(origin.parent / link))
     stays = _is_page(path) and _is_page(origin) and path.suffix != ".ipynb"
     return path if path.exists() and path.is_relative_to(ROOT) and not stays else None
@@ -87,7 +87,7 @@ def _place(target: Path) -> str:
 
 
 def _add(files: Files, config: MkDocsConfig, place: str, origin: Path) -> tuple[Path, str]:
-    """Put a file of the repository at a place in the site, and give back its text where that may have links."""
+    """Put a file of the repository at a place in the site; return its text if that may have links."""
     if not place.endswith(".md"):
         files.append(File.generated(config, place, content=origin.read_bytes()))
         return origin, ""

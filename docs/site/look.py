@@ -1,4 +1,4 @@
-"""A look at the built site in Debian's Chromium: `make docs`. Each page on a screen and on a phone, in both colours.
+"""Checks the built site in Debian's Chromium: `make docs`. It opens each page on a screen and a phone, in both colours.
 
 It fails for a picture that is missing, a link or an anchor that leads nowhere, a message on the console, a request to
 another host, and a page that is wider than the phone.

@@ -1,4 +1,4 @@
-"""How `make notebooks` runs the tutorials: in place, stopping at an error, without what differs from run to run."""
+"""Settings of `make notebooks`: tutorials run in place, stop at an error, and leave out what differs between runs."""
 
 c = get_config()  # noqa: F821 - nbconvert's
 c.NbConvertApp.export_format = "notebook"

@@ -56,7 +56,7 @@ class Options:
     target_sparsity: float | None = flag(
         None, "share of silent activations to hold during training, by the thresholds; v_threshold is where they begin"
     )
-    target_scope: Literal["module", "adapter"] | None = flag(None, "whose share target_sparsity is; each module's")
+    target_scope: Literal["module", "adapter"] | None = flag(None, "what has to reach target_sparsity")
     learn_threshold: bool = flag(False, "train one threshold per module")
     learn_tau: bool = flag(False, "train one time constant per module")
     seed: int = flag(0, "of everything")
@@ -67,12 +67,12 @@ class Options:
     push_to_hub: bool = flag(False, "upload the finished run")
     hub_model_id: str | None = flag(None, "repository to upload to")
     compare_lora: bool = flag(
-        False, "train plain LoRA of as many operations on the same rows, seed and budget, and show it beside"
+        False, "also train plain LoRA with as many operations, on the same rows, seed and budget, and show both"
     )
 
     @property
     def source(self) -> str:
-        """Where the base model comes from."""
+        """Hub id or folder of the base model."""
         return self.base_model or str(EMBEDDED_MODEL)
 
 
@@ -124,7 +124,7 @@ def parse_options(arguments: list[str]) -> Options:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name can only be a path, and must not be looked up on the hub."""
+    """Whether a name can only be a path, so that it is not looked up on the hub."""
     return name.startswith((".", "/", "~"))
 
 

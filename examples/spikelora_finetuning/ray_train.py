@@ -4,8 +4,8 @@
     python ray_train.py --workers 8 --gpu --base_model facebook/opt-350m --output_dir /shared/run
 
 `--workers`, `--gpu` and `--address` are of this script; every other flag is of the other one. Ray Train sets up
-torch.distributed in each worker, which accelerate, and with it transformers' Trainer, finds there. This folder, the one
-where it was started and the one of the output have to be shared by all machines.
+torch.distributed in each worker, where accelerate and transformers' Trainer find it. All machines have to share this
+folder, the folder where it was started, and the output folder.
 """
 
 import argparse

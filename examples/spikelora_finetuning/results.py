@@ -29,7 +29,7 @@ console = Console()
 
 @torch.no_grad()
 def measure(model: PeftModel, rows: Dataset, collator, options: Options, title: str) -> dict:
-    """Loss, perplexity and, of a spiking adapter, the sparsity over all tokens of `rows`, padding left out."""
+    """Loss, perplexity and, for a spiking adapter, the sparsity over all tokens of `rows`, without padding."""
     model.eval()
     loss, tokens = 0.0, 0
     is_spiking = isinstance(model.peft_config["default"], SpikeLoraConfig)
@@ -94,7 +94,7 @@ def plot_sparsity(modules: dict[str, float], path: Path) -> None:
 
 
 def peak_memory() -> float:
-    """In MB: of the GPU where there is one, else of the process."""
+    """Peak memory in MB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -11,7 +11,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "README.md", "adapter_config.json"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; the Trainer's state is what it writes last."""
+    """The last checkpoint that was written completely; the Trainer writes its state last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
@@ -35,7 +35,7 @@ def prepare_folder(folder: Path, options: Options, now: SpikeLoraConfig) -> Path
     if options.resume_from_checkpoint.lower() not in ("last", "true"):
         found = Path(options.resume_from_checkpoint)
         if not (found / "trainer_state.json").exists():
-            sys.exit(f"--resume_from_checkpoint {found} is no checkpoint of a run: it has no trainer_state.json")
+            sys.exit(f"--resume_from_checkpoint {found} is not a checkpoint of a run: it has no trainer_state.json")
     if found is None:
         print(f"{folder} has no checkpoint yet: starting from the beginning")
         return None
@@ -50,7 +50,7 @@ def prepare_folder(folder: Path, options: Options, now: SpikeLoraConfig) -> Path
 
 
 def clear_results(folder: Path) -> None:
-    """Remove what a finished run left in the folder, the file that makes its adapter loadable first."""
+    """Remove the results of a finished run, beginning with the file that makes its adapter loadable."""
     if not (folder / "metrics.json").exists():
         return
     for name in (*ADAPTER_FILES[::-1], "sparsity.png", "sparsity.json"):

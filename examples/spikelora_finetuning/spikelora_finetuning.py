@@ -4,9 +4,10 @@
     python spikelora_finetuning.py --base_model facebook/opt-350m --data_path yahma/alpaca-cleaned --dtype bfloat16
     python spikelora_finetuning.py run.yaml --max_steps 100            # flags from a YAML file; those given here win
 
-Rows with a text field are used as text; rows with instruction / input / output become instructions, whose prompt and
-padding count in no loss. The folder of a finished run holds the adapter, the tokenizer, `config.yaml` (the resolved
-flags), `metrics.json`, `sparsity.json` (what each rank of each module does on the held-out text) and `sparsity.png`.
+Rows with a text field are used as text. Rows with instruction / input / output become instructions, whose prompt and
+padding do not count in the loss. The folder of a finished run holds the adapter, the tokenizer, `config.yaml` (the
+resolved flags), `metrics.json`, `sparsity.json` (what each rank of each module does on the held-out text) and
+`sparsity.png`.
 Under `accelerate launch`, see `accelerate/`, processes share the training rows; the first one prints, counts and saves.
 """
 
@@ -89,7 +90,8 @@ def load_base(options: Options):
         quantization_config=quantization,
     )
     for module in base.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights that are evaluated, and cannot train them any more.
+        # On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights in an evaluation, and cannot train on them
+        # afterwards.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if quantization else base
@@ -174,13 +176,13 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
         }
     after = measure(model, val_rows, collator, options, "held-out text, after")
     if not math.isfinite(after["loss"]):
-        sys.exit("the held-out loss is no number any more: training diverged. Lower --learning_rate")
+        sys.exit("the held-out loss is not a number any more: training diverged. Lower --learning_rate")
     adapter = {"r": options.lora_r, "trainable_parameters": model.get_nb_trainable_parameters()[0]}
     return trainer, before, after | trained | adapter
 
 
 def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path) -> str:
-    """Save beside, load back, then move in place with the configuration last: nothing half-written can be loaded."""
+    """Save to a temporary folder, load back, then move, the configuration last: nothing half-written can be loaded."""
     state, partial_folder = PartialState(), folder / ".partial"
     if state.is_main_process:
         shutil.rmtree(partial_folder, ignore_errors=True)

@@ -24,8 +24,8 @@ READERS = {
 def python_reference() -> Dataset:
     """Python's language reference as every Python ships it, in passages of about 2,000 characters.
 
-    The topics contain each other: a paragraph is taken once, wherever it stands first, so that none of the held-out
-    text is also trained on.
+    The topics contain each other. A paragraph is taken only where it first occurs, so none of the held-out text is also
+    trained on.
     """
     from pydoc_data.topics import topics
 

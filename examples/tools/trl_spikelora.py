@@ -1,4 +1,4 @@
-"""TRL's commands with SpikeLoRA: all their flags, and the neuron's, for which `--use_peft` has no words.
+"""TRL's commands with SpikeLoRA: all their flags, and flags for the neuron, which `--use_peft` does not have.
 
     python trl_spikelora.py sft --model_name_or_path facebook/opt-350m --dataset_name stanfordnlp/imdb --v_threshold 0.1
     accelerate launch trl_spikelora.py dpo --config run.yaml
@@ -35,7 +35,7 @@ class Neuron:
 
 
 def spiking(config: LoraConfig, neuron: Neuron) -> SpikeLoraConfig:
-    """The configuration that TRL has made of its flags, with a neuron."""
+    """The configuration that TRL has made from its flags, with a neuron."""
     shared = {known.name: getattr(config, known.name) for known in fields(LoraConfig) if known.init}
     return SpikeLoraConfig(**{k: v for k, v in shared.items() if k != "peft_type"}, **asdict(neuron))
 

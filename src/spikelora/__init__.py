@@ -1,13 +1,13 @@
 """SpikeLoRA: low-rank adaptation gated by trainable spiking neurons, as a method of Hugging Face PEFT.
 
-Importing the package registers the method with PEFT, so that `get_peft_model`, `PeftModel.from_pretrained` and the
+Importing the package registers the method with PEFT. Then `get_peft_model`, `PeftModel.from_pretrained` and the
 trainers of transformers and TRL take a `SpikeLoraConfig` like any other configuration.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# The first, as it looks at the versions of what the others import.
+# First, because it checks the versions of what the others import.
 from spikelora.peft import versions as _versions  # noqa: F401  # isort: skip
 from spikelora.errors import SpikeLoraError
 from spikelora.peft.config import SpikeLoraConfig
@@ -48,7 +48,7 @@ register()
 guard_trainers()
 
 
-# Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,
+# Imported when first asked for: training and loading need none of them. The callbacks bring transformers' Trainer,
 # which takes longer to import than all the rest.
 _LATER = {
     "Ledger": "sparsity.account",
@@ -63,7 +63,7 @@ _LATER = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker that saw it would take every name for one of ours
+if not TYPE_CHECKING:  # a type checker that saw it would accept every name
 
     def __getattr__(name: str) -> Any:
         if name not in _LATER:

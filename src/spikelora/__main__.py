@@ -1,4 +1,4 @@
-"""The `spikelora` command, also as `python -m spikelora`, where what it uses may not be installed."""
+"""The `spikelora` command, also as `python -m spikelora`; it starts even if what it uses is not installed."""
 
 import sys
 

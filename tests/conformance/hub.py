@@ -1,7 +1,7 @@
-"""Random models in place of those that PEFT's tests download: a cache of the hub, made here, which offline mode reads.
+"""Random models in place of those that PEFT's tests download, in a cache of the hub that offline mode reads.
 
-Each repository has the model class, and where a test says so the sizes, of the one it stands for; the weights are
-random, so a test that compares with known numbers fails with LoRA as well and is no part of the comparison.
+Each repository has the model class of the one that it replaces, and its sizes if a test needs them. The weights are
+random, so a test that compares with known numbers fails with LoRA as well and is not part of the comparison.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Compares what became of the tests with SpikeLoRA with what became of them with LoRA."""
+"""Compares the outcomes of the tests with SpikeLoRA with their outcomes with LoRA."""
 
 import re
 from collections import Counter, defaultdict

@@ -15,14 +15,14 @@ PACKAGES = ("torch", "transformers")
 HEAD = """# PEFT's own tests
 
 Made by `make conformance`: the tests of PEFT {peft} that use a `LoraConfig` and pass with LoRA on CPU cores, run with
-SpikeLoRA in its place, on {packages}. Models that they would download are random ones made for
-the run.
+SpikeLoRA in its place, on {packages}. In place of models that they would download, they use random
+ones made for the run.
 
 Of {total:,} tests {passed:,} pass, {refused:,} are refused by design, {excluded:,} are excluded and {failed:,} fail.
 A test is refused where it ends in a `SpikeLoraError` for one of the reasons below. In the tests that pass every adapter
-had a gate; there were {gates:,}. The exclusions name their tests in [rules.py](../tests/conformance/rules.py); one that
-no test needs fails the run. {plain:,} more tests have no counterpart, as PEFT itself makes the LoRA in them, of another
-method's adapter.
+had a gate; there were {gates:,}. [rules.py](../tests/conformance/rules.py) names the excluded tests; an
+exclusion that no test needs fails the run. {plain:,} more tests have no counterpart: in them PEFT itself makes the
+LoRA, from another method's adapter.
 """
 
 

@@ -1,4 +1,4 @@
-"""A plugin of pytest: runs PEFT's tests with LoRA, or with SpikeLoRA in its place, and records what became of each.
+"""A plugin of pytest: runs PEFT's tests with LoRA, or with SpikeLoRA in its place, and records each outcome.
 
 In LoRA's place means that `from peft import LoraConfig` gives PEFT's tests `SpikeLoraConfig`; PEFT itself, which takes
 its classes from elsewhere, is left as it is. One line of JSON is written for each test, see `_Recorder.outcome`.

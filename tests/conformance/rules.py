@@ -1,7 +1,7 @@
-"""Why a test that passes for LoRA may end otherwise for SpikeLoRA: refusals by design, and exclusions by name.
+"""Why a test that passes for LoRA may not pass for SpikeLoRA: refusals by design, and exclusions by name.
 
 A refusal is recognised by its message, and has to be a `SpikeLoraError`. An exclusion names tests, with shell
-wildcards; one that names a test which passes, or no test, is an error.
+wildcards. If it names a test that passes, or no test, that is an error.
 """
 
 # The reason, and a regular expression for the message.
@@ -13,7 +13,7 @@ REFUSALS: dict[str, str] = {
     "lora_bias": "`lora_bias` cannot be combined",
     "initialisations made for a linear adapter": "`init_lora_weights=.*cannot be combined",
     "layers that do not ask for the gate": "on which SpikeLoRA is not supported",
-    "modules that a model reads and does not call": "is read by its model, not called",
+    "modules whose weight a model reads without calling them": "is read by its model, not called",
     "pickled adapter files": "is a pickle, which SpikeLoRA never loads",
 }
 
@@ -24,9 +24,9 @@ _COUNTS = "counts tensors or parameters, without the gates"
 _EMBEDDING = "asserts on LoRA's start of embeddings, A = 0, at which no gate would ever open"
 _EXPERTS = "PEFT turns targets among fused experts into `target_parameters`, for LoRA only"
 _INTRUDERS = "PEFT refuses: intruder dimensions are those of a merged weight"
-_FILES = "expects a file to load, or another error, that is not whole, not of training or not for the model"
+_FILES = "expects a file to load, or another error, that is incomplete, not from a training or not for the model"
 _UNKNOWN_FIELDS = "expects unknown fields of a configuration to be dropped; they are refused"
-_SILENT = "draws or trains an adapter whose gates stay silent where the test looks, so that it changes nothing there"
+_SILENT = "draws or trains an adapter whose gates stay silent where the test looks, so it changes nothing there"
 
 # The tests, and the reason.
 EXCLUSIONS: dict[str, str] = {
@@ -57,7 +57,7 @@ EXCLUSIONS: dict[str, str] = {
     "test_integrations.py::*::test_qwen3_moe_*": _EXPERTS,
     "test_lora_intruders.py::*": _INTRUDERS,
     "test_lora_conversion.py::*::test_converted_lora_to_lora_works_and_warns": (
-        "PEFT refuses, by a TypeError: the layers say that they cannot be converted"
+        "PEFT refuses with a TypeError: the layers say that they cannot be converted"
     ),
     "test_config.py::*::test_from_pretrained_forward_compatible[LoraConfig-*]": _UNKNOWN_FIELDS,
     "test_config.py::*::test_from_pretrained_forward_compatible_load_from_peft_config[LoraConfig-*]": _UNKNOWN_FIELDS,
@@ -69,11 +69,11 @@ EXCLUSIONS: dict[str, str] = {
     "test_initialization.py::test_from_pretrained_missing_keys_warning": _FILES,
     "test_low_level_api.py::*::test_inject_from_state_dict_low_cpu_mem_usage_with_weight_conversion": _FILES,
     "test_low_level_api.py::*::test_inject_from_state_dict_missing_keys_warning": (
-        "deletes a module's A and B from a state dict by name, and its gate stays there"
+        "deletes a module's A and B from a state dict by name, and leaves its gate there"
     ),
     "test_custom_models.py::*::test_disable_adapters[Conv2d Groups2 LoRA-*]": _SILENT,
     "test_custom_models.py::*::test_safe_merge[Vanilla MLP 1 LoRA with MiCA-*]": _SILENT,
     "test_trainable_tokens.py::*::test_multiple_adapters_overlapping_token_indices_merging[<lambda>]": (
-        "is refused for merging, and then looks for another message in the error"
+        "merges, which is refused, and expects another message in the error"
     ),
 }

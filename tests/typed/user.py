@@ -1,7 +1,7 @@
-"""A user's program for type checkers, which `test_types.py` has checked and nobody runs.
+"""A user's program for type checkers: `test_types.py` has it checked, and nobody runs it.
 
-`assert_type` fails where the package loses a type on its way to the user. Each `type: ignore` stands at a mistake that
-a checker has to find. Where it finds none, it calls the comment unused.
+`assert_type` fails if the package loses a type on its way to the user. Each `type: ignore` marks a mistake that a
+checker has to find. If the checker finds none, it calls the comment unused.
 """
 
 from collections.abc import Iterable, Mapping

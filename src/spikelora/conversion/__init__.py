@@ -1,4 +1,4 @@
-"""What else can be made of an adapter? A spiking one of a LoRA, a LoRA of a spiking one, and one of lower ranks.
+"""What else can be made of an adapter? A spiking one from a LoRA, a LoRA from a spiking one, and one of lower ranks.
 
 It imports the rooms `method`, `peft` and `sparsity`.
 """

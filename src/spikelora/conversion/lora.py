@@ -1,4 +1,4 @@
-"""From a trained LoRA to SpikeLoRA, and from SpikeLoRA to a LoRA that can be merged; both say what is lost."""
+"""Conversion of a trained LoRA to SpikeLoRA, and of SpikeLoRA to a mergeable LoRA; both say what is lost."""
 
 import copy
 import math
@@ -35,29 +35,28 @@ _OPEN = torch.finfo(torch.float32).min
 def from_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]], target_sparsity: float = 0.9) -> PeftModel:
     """Turn the trained LoRA adapter of a model, in place, into a SpikeLoRA adapter of a target sparsity.
 
-    A gate passes only one side of `a`. The LoRA function stays the same when a row of A and the column of B change
-    sign together, so that each rank is given the sign whose passing side weighs more, `sum(a * |a|) >= 0` over the
-    calibration tokens. Then the thresholds are calibrated in rounds, as the gates change what the modules behind them
-    see, until each module is within 0.03 of the target; after eight rounds a deep model may still be off. Printed are
-    the sparsity that was reached and, per module and overall, what the update loses on the calibration data at the
-    inputs that the new adapter sees: `E|dLoRA - dSpike|^2 / E|dLoRA|^2`, with `dLoRA = scaling * B a` and
-    `dSpike = scaling * B gated`.
+    A gate passes only one side of `a`. LoRA stays the same if a row of A and its column of B change sign together. So
+    each rank gets the sign whose passing side weighs more: `sum(a * |a|) >= 0` over the calibration tokens. Then the
+    thresholds are calibrated in rounds, because the gates change what later modules see. This ends when each module is
+    within 0.03 of the target; after eight rounds a deep model may still be off. The function prints the sparsity that
+    was reached and, per module and overall, what the update loses on the calibration data, at the inputs that the new
+    adapter sees: `E|dLoRA - dSpike|^2 / E|dLoRA|^2`, with `dLoRA = scaling * B a` and `dSpike = scaling * B gated`.
 
-    Name, rank, scaling, dropout and targets of the adapter stay; the neuron has the default `tau`. A module that no
-    calibration token reaches keeps an open gate, which is LoRA.
+    Name, rank, scaling, dropout and targets of the adapter stay. The neuron has the default `tau`. A module that no
+    calibration token reaches keeps an open gate, and stays LoRA.
 
     Args:
         model: a `PeftModel` with one plain LoRA adapter, not merged.
         batches: the model's keyword arguments, batch by batch, attention masks among them. They are used
             4 to 11 times; an iterator is turned into a list.
-        target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
+        target_sparsity: share of the elements of `gated` that are to be silent, between 0 and 1.
 
     Returns:
-        The same model, its adapter now spiking.
+        The same model, whose adapter now spikes.
 
     Raises:
         SpikeLoraError: for a model or an adapter of another kind, LoRA variants, `lora_bias`, several adapters, layers
-            that SpikeLoRA does not support, and all that `calibrate_thresholds` refuses; the model is as it was then.
+            that SpikeLoRA does not support, and all that `calibrate_thresholds` refuses. The model is then as it was.
     """
     check_target("target_sparsity", target_sparsity)
     adapter, config, layers = _plain_lora(model)
@@ -83,7 +82,7 @@ class LoraApproximation:
     Attributes:
         config: its configuration.
         tensors: its tensors by their names in an adapter's file.
-        errors: share of the update that it misses on the calibration data, by module that they reached:
+        errors: share of the update that it misses on the calibration data, for each module that they reached:
             `E|dSpike - dLoRA|^2 / E|dSpike|^2`, with `dSpike = scaling * B gated` and `dLoRA = scaling * B' a`.
     """
 
@@ -94,7 +93,8 @@ class LoraApproximation:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as PEFT does, for `PeftModel.from_pretrained(base, folder).merge_and_unload()`.
 
-        The configuration goes first and comes last: without it nothing loads, should the writing be interrupted.
+        The old configuration is removed first and the new one written last: if the writing is interrupted, nothing
+        loads.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,10 @@ class LoraApproximation:
 def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraApproximation:
     """The LoRA adapter, of the same rank and A, that comes closest to the active SpikeLoRA adapter on calibration data.
 
-    `B' = B C` with `C = E[gated a^T] (E[a a^T])^+` `(r, r)`: least squares of `gated` on `a` over the tokens, through
-    the activations' second moments, module by module at the inputs that the SpikeLoRA model sees. Another A could do no
-    better for Gaussian inputs: there the best linear prediction of `gated`, a function of `a = A x` alone, from all of
-    `x` is one from `a` (Bussgang, 1952). The model stays as it is.
+    `B' = B C` with `C = E[gated a^T] (E[a a^T])^+` `(r, r)`: the least squares of `gated` on `a` over the tokens, from
+    the activations' second moments, module by module at the inputs that the SpikeLoRA model sees. For Gaussian inputs
+    no other A does better: `gated` is a function of `a = A x` alone, and its best linear prediction from `x` is one
+    from `a` (Bussgang, 1952). The model stays as it is.
 
     Args:
         model: a `PeftModel` with one active SpikeLoRA adapter.
@@ -129,8 +129,8 @@ def to_lora(model: PeftModel, batches: Iterable[Mapping[str, Any]]) -> LoraAppro
         )
     if len(model.active_adapters) != 1:
         raise SpikeLoraError(
-            f"{len(model.active_adapters)} adapters are active, and one is turned into LoRA at a time. Choose it by "
-            "`set_adapter`."
+            f"{len(model.active_adapters)} adapters are active, and only one can be turned into LoRA at a time. Choose "
+            "it with `set_adapter`."
         )
     (adapter,) = model.active_adapters
     found = [gated for gated in gates(model) if gated.adapter == adapter]
@@ -190,12 +190,12 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
         )
     if len(model.peft_config) != 1:
         raise SpikeLoraError(
-            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and one alone can be made to "
-            "spike. Take the others off by `delete_adapter`, or load that one by itself."
+            f"The model has the adapters {', '.join(map(repr, model.peft_config))}, and only a single one can be made "
+            "to spike. Take the others off with `delete_adapter`, or load that one by itself."
         )
     ((adapter, plain),) = model.peft_config.items()
     values = {f.name: copy.copy(getattr(plain, f.name)) for f in fields(LoraConfig) if f.init}
-    if values["init_lora_weights"] == "orthogonal":  # a start that has left nothing in the base
+    if values["init_lora_weights"] == "orthogonal":  # an initialisation that leaves the base weight as it is
         values["init_lora_weights"] = True
     config = SpikeLoraConfig(**values)
     base = model.base_model.model
@@ -212,7 +212,7 @@ def _plain_lora(model: nn.Module) -> tuple[str, SpikeLoraConfig, dict[str, Any]]
 
 
 def _open_gates(model: PeftModel, adapter: str, config: SpikeLoraConfig, layers: dict[str, Any]) -> None:
-    """Make the adapter a spiking one whose gates always fire, which computes the same."""
+    """Turn the adapter into a spiking one whose gates always fire; it computes the same."""
     for name, layer in layers.items():
         make_spiking(layer, adapter, config, name)
         layer.lora_gate[adapter].train(layer.training).v_threshold.data.fill_(_OPEN)
@@ -231,7 +231,7 @@ def _restore_lora(model: PeftModel, adapter: str, config: LoraConfig, layers: di
 
 
 def _signs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Gated, Tensor]:
-    """For each rank the sign, `(r,)`, that turns the side of `a` with the larger sum of squares up."""
+    """The sign `(r,)` for each rank that makes the side of `a` with the larger sum of squares positive."""
     sums: dict[Gated, Tensor] = {}
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
@@ -244,7 +244,7 @@ def _signs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Gated
 
 @torch.no_grad()
 def _flip(gated: Gated, signs: Tensor) -> None:
-    """Turn the ranks with sign -1 round, in A and in B; a second time turns them back."""
+    """Change the sign of the ranks with sign -1, in A and in B; a second call changes it back."""
     layer: Any = gated.layer
     A, B = layer.low_rank(gated.adapter)
     signs = signs.to(A.device)
@@ -290,7 +290,7 @@ def _refuse_tied(found: list[Gated]) -> None:
 
 def _lora_config(model: PeftModel, adapter: str) -> LoraConfig:
     config = copy.deepcopy(model.peft_config[adapter]).without_neuron()
-    # As PEFT does when it saves; the tensors are there, and no start of them is wanted.
+    # As PEFT does when it saves: the tensors are there, and are not to be initialised.
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     config.inference_mode = True
     config.init_lora_weights = True

@@ -1,4 +1,4 @@
-"""Second moments of an adapter's activations: what a linear update and a gated one are to each other."""
+"""Second moments of an adapter's activations: they compare a linear update with a gated one."""
 
 import math
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Directions with a smaller share of the variance, of ranks scaled to 1, are the float32 rounding of `a`.
+# With ranks scaled to 1, directions with a smaller share of the variance are only the float32 rounding of `a`.
 _NOISE = 1e-12
 
 
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, a: Tensor, gated: Tensor) -> "Moments":
-        """Of one batch of tokens, both `(N, r)`."""
+        """The sums of one batch of tokens, both arguments `(N, r)`."""
         a, gated = exact(a), exact(gated)
         return cls(a.T @ a, gated.T @ a, gated.T @ gated)
 
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
         """`C = E[gated a^T] (E[a a^T])^+` `(r, r)`, the least squares of `gated` on `a`."""
         deviation = self.aa.diagonal().sqrt()
         scale = torch.where(deviation > 0, 1 / deviation, 0)
-        # Of ranks scaled to 1, so that a rank with small activations is not taken for rounding.
+        # Ranks are scaled to 1, so that a rank with small activations is not taken for rounding.
         inverse = torch.linalg.pinv(scale[:, None] * self.aa * scale, rtol=_NOISE, hermitian=True)
         return self.ga @ (scale[:, None] * inverse * scale)
 
@@ -43,7 +43,7 @@ class Moments(NamedTuple):
         return _trace(B, self.aa, B)
 
     def distance(self, B: Tensor, linear_B: Tensor) -> float:
-        """Sum of `|B gated - linear_B a|^2`; rounding takes none below 0."""
+        """Sum of `|B gated - linear_B a|^2`, kept from falling below 0 by rounding."""
         return max(self.spiking(B) - 2 * _trace(B, self.ga, linear_B) + self.linear(linear_B), 0.0)
 
 
@@ -53,12 +53,12 @@ def _trace(left: Tensor, moments: Tensor, right: Tensor) -> float:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """In float64, on a CPU where the device has none."""
+    """The tensor in float64; on the CPU if its device has no float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def lost_share(lost: float, whole: float) -> float:
-    """`lost / whole`, 0 where there was nothing to lose."""
+    """`lost / whole`, 0 if there was nothing to lose."""
     if not whole:  # an update of 0
         return math.inf if lost else 0.0
     return lost / whole

@@ -17,12 +17,12 @@ from spikelora.sparsity.observe import Gated, configs_of, gates
 def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Remove the ranks that never fire on calibration data: rows of `lora_A`, columns of `lora_B`.
 
-    A silent rank adds nothing to `lora_B(gated)`, so that on these data the outputs stay the same, but for rounding:
-    `a` may come out different in its last bit, and fall on the other side of the threshold. The scaling stays, as
-    `lora_alpha` becomes `lora_alpha * r' / r`, with rsLoRA `lora_alpha * sqrt(r' / r)`, for the rank `r'` that is
-    left. A module that is silent altogether keeps its first rank; a convolution with groups, and layers with tied
-    matrices, keep all. The ranks and alphas are noted in the configuration, as `rank_pattern` and `alpha_pattern`, so
-    that the adapter can be saved and loaded. An optimiser that was made before still has the old parameters.
+    A silent rank adds nothing to `lora_B(gated)`, so the outputs on these data stay the same, except for rounding: `a`
+    may differ in its last bit, and fall on the other side of the threshold. The scaling stays: for the rank `r'` that
+    is left, `lora_alpha` becomes `lora_alpha * r' / r`, or `lora_alpha * sqrt(r' / r)` with rsLoRA. A module that is
+    silent altogether keeps its first rank. A convolution with groups, and layers with tied matrices, keep all ranks.
+    The configuration notes the ranks and alphas as `rank_pattern` and `alpha_pattern`, so the adapter can be saved and
+    loaded. An optimiser that was made before still has the old parameters.
 
     Args:
         model: a model with spiking adapters, as PEFT makes it; those that are active are pruned.
@@ -32,13 +32,13 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
         How many ranks were removed by module, or by `<module>.<adapter>` where several adapters ran.
 
     Raises:
-        SpikeLoraError: for a model without spiking adapters or configurations of them, no batches or no tokens; the
-            model is as it was then.
+        SpikeLoraError: for a model without spiking adapters or their configurations, no batches or no tokens. The model
+        is then as it was.
     """
     fired: dict[Gated, Tensor] = {}
 
     def see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
-        passes = gated.gate.spikes(a) | a.isnan()  # as the gate does not hide a NaN
+        passes = gated.gate.spikes(a) | a.isnan()  # the gate does not hide a NaN
         passes = passes if mask is None else passes[mask]
         if len(passes):
             fired[gated] = passes.any(0) | fired[gated] if gated in fired else passes.any(0)
@@ -60,7 +60,7 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
 
 
 def tied(found: Iterable[Gated]) -> set[Gated]:
-    """Those that share an A or a B, as a head that is tied to its embedding does."""
+    """The modules that share an A or a B, such as a head and the embedding that it is tied to."""
     owners: dict[int, list[Gated]] = defaultdict(list)
     for gated in found:
         layer: Any = gated.layer
@@ -70,15 +70,15 @@ def tied(found: Iterable[Gated]) -> set[Gated]:
 
 
 def _kept(gated: Gated, fires: Tensor, is_tied: bool) -> Tensor:
-    """Which ranks stay, `(r,)`."""
-    # Each group of a convolution has its own ranks, and as many as the others.
+    """A mask of the ranks that stay, `(r,)`."""
+    # Each group of a convolution has its own ranks, and all groups have equally many.
     if is_tied or is_grouped(gated.layer):
         return torch.ones_like(fires)
     return fires if fires.any() else torch.arange(len(fires)) == 0
 
 
 def _parts(gated: Gated, keep: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B with the ranks to keep alone."""
+    """A and B with only the ranks to keep."""
     layer: Any = gated.layer
     A, B = layer.low_rank(gated.adapter)
     keep = keep.to(A.device)
@@ -89,10 +89,10 @@ def _parts(gated: Gated, keep: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def _with_ranks(config: Any, layers: list[Any], adapter: str) -> Any:
-    """A copy of a configuration whose patterns give each layer the rank and the alpha that it has.
+    """A copy of a configuration whose patterns give each layer its present rank and alpha.
 
-    Each key matches one module alone: PEFT lets a key match the end of a name as well, but not one that begins with
-    `^`. The keys of before go: a saved configuration is sorted, and the first key that matches counts.
+    Each key matches only one module: it begins with `^`, without which PEFT would also match the end of a name. The old
+    keys are dropped: a saved configuration is sorted, and the first key that matches counts.
     """
     config = copy.copy(config)
     for pattern, field, default in (

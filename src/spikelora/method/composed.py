@@ -1,7 +1,7 @@
 """The gate for all of autograd: `torch.func`, forward-mode differentiation and a second backward.
 
-The neuron and the fast paths have a backward of their own for an ordinary training. It takes part in none of these.
-Here the gate is composed of torch's operations, which differentiate in every way and as often as asked.
+The neuron and the fast paths have a backward of their own, which is for ordinary training only. Here the gate is
+composed of torch's operations, which can be differentiated in every way and as often as asked.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is on, which take no function of our own."""
+    """Whether `torch.func` or forward-mode differentiation is on; neither takes an autograd function of our own."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -25,10 +25,11 @@ def composed_gate(
     surrogate_alpha: float,
     straight_through: bool = False,
 ) -> Tensor:
-    """`gated = a * spikes` by operations of torch alone, as `neuron.spike_gate` has it; they keep more for a backward.
+    """`gated = a * spikes` as in `neuron.spike_gate`, from torch's operations alone; these keep more for a backward.
 
-    `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives.
-    A straight-through estimator adds the integral of its window for `a`, and leaves the surrogate's to the numbers.
+    `spike(u)` is `[u >= 0]` in value and the surrogate's integral `atan(pi / 2 * alpha * u) / pi` in its derivatives. A
+    straight-through estimator adds the integral of its window for `a`. The surrogate's integral is then for
+    `v_threshold` and `tau` alone.
     """
     half, c = a.dtype in (torch.float16, torch.bfloat16), math.pi / 2 * surrogate_alpha
     is_finite = a.isfinite()
@@ -46,7 +47,7 @@ def composed_gate(
 
 
 def _derivative(integral: Tensor) -> Tensor:
-    """What is 0 in value and has the derivatives of its argument."""
+    """A tensor that is 0 in value and has the derivatives of its argument."""
     return integral - integral.detach()
 
 
@@ -62,8 +63,8 @@ def is_differentiated_again() -> bool:
 def as_saved(number: Tensor) -> Tensor:
     """A neuron's number as a function saves it for its backward.
 
-    DDP writes a module's buffers anew in every forward, with the same values. Where two forwards come before a
-    backward, autograd of torch 2.10 and 2.11 takes that for a change; it does not look at `data`.
+    DDP writes a module's buffers anew in every forward, with the same values. If two forwards come before a backward,
+    autograd of torch 2.10 and 2.11 takes that for a change and raises. It does not check `data`.
     """
     return number if number.requires_grad or torch.compiler.is_compiling() else number.data
 
@@ -71,8 +72,8 @@ def as_saved(number: Tensor) -> Tensor:
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Any], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of `function(*inputs)` by those inputs that need one, differentiable themselves; None for others."""
-    # Other names for the inputs, at which the way back stops: one of them may have been computed from another.
+    """Differentiable gradients of `function(*inputs)` by the inputs that need one; None for the others."""
+    # The backward is to stop at these views: one of the inputs may have been computed from another.
     inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
     needed = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = torch.autograd.grad(function(*inputs), needed, grad, create_graph=True, materialize_grads=True)

@@ -38,4 +38,4 @@ class SpikeGate(NeuronParameters):
         return charge(a, tau) >= v_threshold
 
     def __getstate__(self) -> Any:
-        return super().__getstate__() | {"observers": ()}  # who watches this gate does not watch its copies
+        return super().__getstate__() | {"observers": ()}  # observers of this gate do not observe its copies

@@ -1,7 +1,7 @@
 """LoRA's layers with a gate on each adapter.
 
-PEFT builds LoRA's layer for a target; `make_spiking` then gives it the class of the same name here, whose only LoRA
-variant is the gated one. Each of them is listed in `_SPIKING`: another could run without its gate, and is refused.
+PEFT builds LoRA's layer for a target. `make_spiking` then gives it the class of the same name here, whose only LoRA
+variant is the gated one. `_SPIKING` lists these classes. Any other layer could run without its gate, and is refused.
 """
 
 import math
@@ -22,7 +22,7 @@ from spikelora.method.sharding import own_shard
 
 
 class SpikingLayer(nn.Module, lora.LoraLayer):
-    """What all layers with gates have in common: one gate per adapter, in `lora_gate`, and no merging.
+    """The base of all gated layers: one gate per adapter, in `lora_gate`, and no merging.
 
     `y = base(x) + scaling * lora_B(gated)` with `gated = lora_gate(a)`, `a` the low-rank activation of the layer.
     """
@@ -44,11 +44,11 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
         return self.variant()
 
     def low_rank(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A and B of one adapter: `(r, in)` and `(out, r)`, behind which convolutions have their kernels."""
+        """A and B of one adapter: `(r, in)` and `(out, r)`, followed by the kernel's dimensions in a convolution."""
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
     def set_low_rank(self, adapter_name: str, A: nn.Parameter, B: nn.Parameter) -> None:
-        """Put an A and a B of another rank in place of those of one adapter; its scaling stays."""
+        """Replace the A and B of one adapter by an A and a B of another rank; its scaling stays."""
         r = len(A)
         self._put(adapter_name, A, B)
         share = r / self.r[adapter_name]
@@ -67,7 +67,7 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: list[str], alora_offsets: None = None, **kwargs: Any
     ) -> Tensor:
-        # Some of PEFT's own add an adapter without asking its variant.
+        # PEFT's own method ignores the variant in some layers.
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.lora_gate:  # neither the base nor an adapter of other layers
@@ -97,10 +97,10 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
             self.lora_gate[adapter_name].to(self.low_rank(adapter_name)[0].device)
 
     def complete_copy(self, adapter_name: str) -> None:
-        """Copy the fixed numbers as well, where an adapter was made a copy of another by its parameters alone.
+        """Copy the fixed numbers as well, if an adapter was copied from another parameter by parameter.
 
-        TRL makes its references so: an adapter with the configuration of the trained one, then parameter by parameter.
-        A copy is one that was made with the same configuration object and has the same A and B.
+        TRL makes its references like this: it makes an adapter with the configuration of the trained one, then copies
+        the parameters. An adapter counts as a copy if it has the same configuration object and the same A and B.
         """
         gate = self.lora_gate[adapter_name]
         if gate.made_like not in self.lora_gate:
@@ -118,7 +118,7 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
     def neuron(self, adapter_name: str) -> dict[str, float]:
         """Rank, threshold and time constant of one adapter, by their symbols.
 
-        NaN while on the meta device, and in the processes of FSDP2 that have no part of them.
+        A number is NaN while on the meta device, and in processes of FSDP2 that hold no part of it.
         """
         gate = self.lora_gate[adapter_name]
         tensors = {name: own_shard(getattr(gate, name).detach()) for name in ("v_threshold", "tau")}
@@ -138,8 +138,8 @@ class SpikingLayer(nn.Module, lora.LoraLayer):
 
 
 class SpikingLinear(SpikingLayer):
-    """A linear layer, quantised or not: module by module in `SpikeLinearVariant.forward`, or as one function with the
-    same values, see `path`.
+    """A linear layer, quantised or not. It runs module by module in `SpikeLinearVariant.forward`, or as one function
+    with the same values, see `path`.
     """
 
     variant = variants.SpikeLinearVariant
@@ -172,8 +172,8 @@ class SpikingLinear(SpikingLayer):
         return gates._modules
 
     def _forward_of_peft(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """For disabled and several adapters and mixed batches: runs the base layer and copies x to the adapter's dtype
-        before it asks the variant.
+        """PEFT's forward, for disabled adapters, several adapters and mixed batches. It runs the base layer and copies
+        x to the adapter's dtype before it calls the variant.
         """
         adapter_names = kwargs.pop("adapter_names", None)  # PEFT's GPTQ layer takes none
         if adapter_names is None or self.disable_adapters:
@@ -244,8 +244,8 @@ class Embedding(SpikingLayer, lora.Embedding):
             nn.init.zeros_(B)
 
 
-# PEFT's layers that ask for the variant, by their modules. Those for quantised layers are subclassed when first needed,
-# as their modules import the libraries that quantise.
+# PEFT's layers that call the variant, by their modules. Those for quantised layers are subclassed when first needed,
+# because their modules import the libraries that quantise.
 _SPIKING = {
     "peft.tuners.lora.layer": ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"),
     "peft.tuners.lora.bnb": ("Linear8bitLt", "Linear4bit"),
@@ -259,7 +259,7 @@ _SPIKING = {
 def __getattr__(name: str) -> type[SpikingLayer]:
     for module, names in _SPIKING.items():
         if name in names:
-            # Of this module, under its own name, so that a model can be pickled.
+            # It is in this module under its own name, so that a model can be pickled.
             layer_type = type(name, (SpikingLinear, getattr(import_module(module), name)), {"__module__": __name__})
             globals()[name] = layer_type
             return layer_type
@@ -275,7 +275,7 @@ def _are_alike(own: Tensor, other: Tensor) -> bool:
 
 
 def is_grouped(layer: Any) -> bool:
-    """Whether a layer's B is in blocks, each for the ranks of one group of a convolution."""
+    """Whether a layer's B has one block for each group of a convolution."""
     return getattr(layer.get_base_layer(), "groups", 1) > 1
 
 
@@ -293,7 +293,7 @@ def make_spiking(layer: Any, adapter_name: str, config: LoraConfig, target_name:
 
 
 def make_plain(layer: Any, adapter_name: str) -> None:
-    """Take back `make_spiking` on a layer with a single adapter."""
+    """Undo `make_spiking` on a layer with a single adapter."""
     layer.__class__ = next(base for base in type(layer).__mro__ if base.__module__ in _SPIKING)
     layer.lora_variant.pop(adapter_name, None)
     del layer.target_name, layer.lora_gate

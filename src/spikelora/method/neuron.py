@@ -1,6 +1,6 @@
 """The neuron of SpikeLoRA in plain torch, one LIF charge step from rest: the reference for every faster path.
 
-Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. Tensors that broadcast may stand for `v_threshold` and `tau`.
+Source: de Jong, Bosman, Schreuder, "SpikeLoRA", 2025. `v_threshold` and `tau` may be any tensors that broadcast.
 """
 
 import math
@@ -16,7 +16,7 @@ from spikelora.method.composed import as_saved, composed_gate, gradients, is_dif
 def charge(a: Tensor, tau: Tensor | float) -> Tensor:
     """Membrane potential after one step from rest: `v = a / tau`, from `v_rest + (a - (v_rest - v_reset)) / tau`.
 
-    Shaped like `a`, and float32 where `a` is float16 or bfloat16, so that no spike hangs on their rounding.
+    Shaped like `a`. It is float32 if `a` is float16 or bfloat16, so that no spike depends on their rounding.
     """
     return (a.float() if a.dtype in (torch.float16, torch.bfloat16) else a) / tau
 
@@ -46,19 +46,20 @@ def spike_gate(
 ) -> Tensor:
     """Gate a low-rank activation by its own spikes: `gated = a * spikes`, `spikes = a / tau >= v_threshold`.
 
-    It fires at equality. The backward puts the ATan surrogate for the derivative of the spike, `u = v - v_threshold`:
+    It fires at equality. The backward uses the ATan surrogate as the derivative of the spike, with
+    `u = v - v_threshold`:
 
         d gated / d a           = spikes + a * s'(u) / tau
         d gated / d v_threshold = -a * s'(u)
         d gated / d tau         = -a * s'(u) * a / tau ** 2
 
-    With `straight_through` the first of them is another, a straight-through estimator (Bengio et al., arXiv 1308.3432)
-    in a window below the threshold. Where a < 0 the second term above has the wrong sign: it moves `a` down where more
-    of it is wanted.
+    For a < 0 the second term of the first line has the wrong sign: it moves `a` down where more of it is wanted.
+    `straight_through` replaces the first line by a straight-through estimator (Bengio et al., arXiv 1308.3432), in a
+    window below the threshold:
 
         d gated / d a           = spikes + (1 - spikes) * w(u)
 
-    Higher derivatives are those of `a * spike(u)` with `s'` for the derivative of `spike` each time it is taken. With
+    Higher derivatives are those of `a * spike(u)`, with `s'` as the derivative of `spike` each time. With
     `straight_through` each line is differentiated by its own variable alone.
 
     Args:
@@ -97,7 +98,7 @@ class _SpikeGate(torch.autograd.Function):
             return *gradients(gate, (a, v_threshold, tau), ctx.needs_input_grad[:3], grad), None, None
         v = charge(a, tau)
         spikes = v >= v_threshold
-        # As a goes to infinity a * s'(u) goes to 0, which inf * 0 would miss.
+        # As a goes to infinity, a * s'(u) goes to 0; computed as inf * 0 it would be NaN.
         finite_a = a.to(v.dtype).masked_fill(a.isinf(), 0)
         grad_v = grad * finite_a * atan_surrogate(v - v_threshold, ctx.surrogate_alpha)
         grad_a = grad_v_threshold = grad_tau = None

@@ -1,4 +1,4 @@
-"""The two numbers of a neuron as tensors of a model: saved with it, float32 whatever is cast, learned or fixed."""
+"""The two numbers of a neuron as tensors of a model: learned or fixed, saved with it, and always float32."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from spikelora.errors import SpikeLoraError
 from spikelora.method.composed import is_transformed
 
-# The smallest float32 above 1: the floor of a learned tau alters no tau that a configuration accepts.
+# The smallest float32 above 1: as the floor of a learned tau it changes no tau that a configuration accepts.
 MIN_TAU = 1 + torch.finfo(torch.float32).eps
 
 
 class NeuronParameters(nn.Module):
     """`v_threshold` and `tau` of one neuron, each of shape `(1,)`.
 
-    One that is learned is a parameter, one that is fixed a buffer: whatever trains, casts, shards or counts parameters
-    passes it by. They stay float32 whatever the model is cast to, as bfloat16 has no 0.1. A learned `tau` stays above
-    1. After `to_empty` from the meta device they are as they were configured, until a state dict is loaded.
+    A learned number is a parameter. A fixed one is a buffer, so it is skipped by all that trains, casts, shards or
+    counts parameters. Both stay float32 whatever the model is cast to, because bfloat16 cannot hold 0.1. A learned
+    `tau` stays above 1. After `to_empty` from the meta device they are as they were configured, until a state dict is
+    loaded.
     """
 
     v_threshold: Tensor
@@ -43,7 +44,7 @@ class NeuronParameters(nn.Module):
         tau = (self._parameters if self.learn_tau else self._buffers)["tau"]
         assert v_threshold is not None
         assert tau is not None
-        # In a forward, FSDP2's mixed precision has what is learned in bfloat16, and the number itself in float32.
+        # FSDP2's mixed precision casts what is learned to bfloat16 for the forward; the number itself is in float32.
         if self.learn_threshold:
             v_threshold = v_threshold.float()
         if self.learn_tau:
@@ -51,7 +52,7 @@ class NeuronParameters(nn.Module):
         if not v_threshold.dtype == tau.dtype == torch.float32:
             raise SpikeLoraError(
                 f"`v_threshold` and `tau` were cast to {v_threshold.dtype} and {tau.dtype}, but have to stay float32. "
-                "Take FSDP2 where FSDP1 casts buffers, and leave `SpikeGate` out where you cast by hand."
+                "Use FSDP2 if FSDP1 casts buffers, and leave `SpikeGate` out if you cast by hand."
             )
         return v_threshold, tau
 
@@ -75,14 +76,14 @@ class NeuronParameters(nn.Module):
 
 def _above_one(tau: Tensor) -> Tensor:
     """`max(tau, MIN_TAU)`, with a gradient at the floor."""
-    if is_transformed():  # the sign of a gradient cannot be tested there, so that each passes at the floor
+    if is_transformed():  # a gradient's sign cannot be tested there, so every gradient passes at the floor
         return torch.where(tau > MIN_TAU, tau, MIN_TAU + (tau - tau.detach()))
     above_one: Tensor = _AboveOne.apply(tau)
     return above_one
 
 
 class _AboveOne(torch.autograd.Function):
-    """`max(tau, MIN_TAU)`; at the floor a gradient passes where its step would raise tau, so that tau can leave it."""
+    """`max(tau, MIN_TAU)`; at the floor only a gradient that would raise tau passes, so that tau can leave it."""
 
     @staticmethod
     def forward(ctx: Any, tau: Tensor) -> Tensor:

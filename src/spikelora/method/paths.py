@@ -1,4 +1,4 @@
-"""Which way a gated layer computes: fused with its base, as a branch beside it, or plainly; and why."""
+"""Which path a gated layer takes, and why: fused with its base, as a branch beside it, or plain."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from spikelora.method.composed import is_transformed
 from spikelora.method.gate import SpikeGate
 from spikelora.method.ops.linear import Adapter, is_autocast
 
-# What an adapter's parts are when nobody has put something else in their place.
+# The types of an adapter's parts, unless somebody has replaced them.
 _PARTS = {
     "lora_A": (nn.Linear,),
     "lora_B": (nn.Linear,),
@@ -28,7 +28,7 @@ _PLAIN_TYPES = {Tensor, nn.Parameter, type(None)}
 
 
 class Path(Enum):
-    """The ways to compute a gated layer, cheapest first; each says what runs as one function."""
+    """The ways to compute a gated layer, cheapest first; the value says what runs as one function."""
 
     FUSED = "the base layer and its adapter"
     BRANCH = "the adapter, beside its base layer"
@@ -44,7 +44,7 @@ class Choice(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a choice of `Path.FUSED` was made for."""
+    """The state for which `Path.FUSED` was chosen."""
 
     adapter: Adapter
     active: list[str]
@@ -59,10 +59,10 @@ _forced: Path | None = None
 
 @contextmanager
 def force_path(path: Path) -> Iterator[None]:
-    """Make every linear layer take one path, for tests and benchmarks; beside other adapters FUSED is BRANCH.
+    """Make every linear layer take one path, for tests and benchmarks; with several adapters FUSED means BRANCH.
 
     Raises:
-        SpikeLoraError: in the forward of a layer that cannot take it.
+        SpikeLoraError: in the forward of a layer that cannot take that path.
     """
     global _forced
     before, _forced = _forced, path
@@ -73,7 +73,7 @@ def force_path(path: Path) -> Iterator[None]:
 
 
 def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
-    """The cheapest path that gives what the plain one gives, for one adapter of a `SpikingLinear` and an input."""
+    """The cheapest path with the plain path's result, for one adapter of a `SpikingLinear` and an input."""
     choice = _cheapest(layer, adapter_name, x)
     if _forced is None or _forced is choice.path:
         return choice
@@ -86,7 +86,7 @@ def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
 
 
 def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
-    """Keep that a layer takes `Path.FUSED`, for `kept`; not with dropout, learned numbers or observers."""
+    """Remember for `kept` that a layer takes `Path.FUSED`; not with dropout, learned numbers or observers."""
     if torch.compiler.is_compiling():
         return
     modules = layer._modules
@@ -102,12 +102,12 @@ def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
 
 
 def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
-    """Weight and bias of the base and the adapter, where `choose` would choose `Path.FUSED` as it did last time.
+    """Weight and bias of the base, and the adapter, if `choose` would choose `Path.FUSED` as it did last time.
 
-    It asks whether what `choose` looks at is the same, and forgets the choice where it is not. Of hooks it sees that
-    some were registered; not those that were written into a module's dicts without torch's functions. At one token of
-    width 1024 it takes 12 us where choosing takes 40, as the weights have pushed Python's own objects out of the
-    processor's caches; the frozen layer alone takes 150 (2 cores of a Xeon with AMX, float32).
+    It checks that all that `choose` looks at is unchanged, and forgets the choice if it is not. It notices that hooks
+    were registered, but not hooks that were written into a module's dicts without torch's functions. At one token of
+    width 1024 it takes 12 us, where choosing takes 40, because the weights have pushed Python's own objects out of the
+    processor's caches. The frozen layer alone takes 150 (2 cores of a Xeon with AMX, float32).
     """
     own = layer.__dict__
     choice: Kept | None = own.get("_kept")
@@ -116,7 +116,7 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
     weight, bias = choice.parts[0]._parameters.get("weight"), choice.parts[0]._parameters.get("bias")
     if _holds(choice, own, weight, bias, x):
         return weight, bias, choice.adapter
-    own.pop("_kept", None)  # others may want the memory of what it holds; another thread may have been here
+    own.pop("_kept", None)  # free the memory that it holds; another thread may have done so already
     return None
 
 
@@ -126,7 +126,7 @@ def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor)
     base, lora_A, lora_B, dropout, gate = parts
     modules, (name,) = own["_modules"], active
     if not (
-        RemovableHandle.next_id == n_hooks  # nowhere was a hook registered since
+        RemovableHandle.next_id == n_hooks  # no hook was registered anywhere since
         and own["_active_adapter"] == active
         and not own["_disable_adapters"]
         and own["cast_input_dtype_enabled"]
@@ -166,13 +166,13 @@ def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor)
 
 
 def returns_private(base: Any) -> bool:
-    """Whether nobody but the caller holds what this base layer returns, nor has autograd saved it."""
+    """Whether only the caller holds what this base layer returns, and autograd has not saved it."""
     return type(base).forward in (nn.Linear.forward, Conv1D.forward) and not _is_hooked(base)
 
 
 def _cheapest(layer: Any, adapter_name: str, x: Tensor) -> Choice:
-    # This runs in every forward, and at one token the layer itself takes but 100 us. So what is usual is asked for in
-    # one go, attributes are read past `nn.Module.__getattr__`, and a reason is looked for where there is one to give.
+    # This runs in every forward, and at one token the layer itself takes only 100 us. So the usual case is tested first
+    # and at once, attributes are read past `nn.Module.__getattr__`, and a reason is looked for only if one is needed.
     if is_transformed():
         return Choice(Path.PLAIN, "`torch.func` or forward-mode differentiation transforms it")
     modules = layer._modules
@@ -222,7 +222,7 @@ def _why_not_as_made(layer: Any, adapter_name: str) -> str:
 
 def _why_plain(layer: Any, lora_A: nn.Linear, lora_B: nn.Linear, adapter: Adapter, x: Tensor) -> str:
     A, B, v_threshold, tau, *_ = adapter
-    # A weight that is no parameter, as pruning leaves it, is None here.
+    # A weight that is not a parameter, as after torch's pruning, is None here.
     if A is None or B is None or not {type(x), type(A), type(B), type(v_threshold), type(tau)} <= _PLAIN_TYPES:
         return "the input or a tensor of the adapter is of a class of its own"
     if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:

@@ -1,7 +1,7 @@
-"""The gated forward of linear layers, convolutions and embeddings, each in the words of PEFT a variant of LoRA's.
+"""The gated forward of linear layers, convolutions and embeddings; PEFT calls each of them a LoRA variant.
 
-`y = base(x) + scaling * lora_B(gated)`, `gated = lora_gate(a)`, `a = lora_A(dropout(x))`. This is the method as it is
-written down; `paths` says when one function computes the same.
+`y = base(x) + scaling * lora_B(gated)`, `gated = lora_gate(a)`, `a = lora_A(dropout(x))`. This is the method written
+out; `paths` says when one function computes the same.
 """
 
 from typing import Any, NoReturn
@@ -18,16 +18,15 @@ from spikelora.method.paths import choose, returns_private
 
 
 def refuse_merging(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raise a `SpikeLoraError`, in place of all that would make a weight of an adapter."""
+    """Raise a `SpikeLoraError`; it replaces every method that would turn an adapter into a weight."""
     raise SpikeLoraError(
         "A SpikeLoRA adapter cannot be merged, weighted or turned into a weight, as its gate depends on the input. "
-        "Serve it unmerged, or make a mergeable LoRA of it by `to_lora(model, batches)`, which says how far that is "
-        "off."
+        "Serve it unmerged, or make a mergeable LoRA from it with `to_lora(model, batches)`, which says what is lost."
     )
 
 
 class SpikeVariant(LoraVariant):
-    """The gated forward of a layer, in PEFT's terms a variant of LoRA's: `result + scaling * lora_B(gated)`."""
+    """The gated forward of a layer, as a LoRA variant of PEFT: `result + scaling * lora_B(gated)`."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -38,7 +37,7 @@ class SpikeVariant(LoraVariant):
         numbers = v_threshold, config.tau, config.surrogate_alpha
         straight_through = config.surrogate == "straight_through"
         gate = SpikeGate(*numbers, config.learn_threshold, config.learn_tau, straight_through)
-        # A is where the adapter belongs by now. PEFT's own mover would also cast A and B of a trained LoRA.
+        # By now A is where the adapter belongs. PEFT's own method would also cast A and B of a trained LoRA.
         module.lora_gate[adapter_name] = gate.to(module.low_rank(adapter_name)[0].device)
 
     merge_safe = merge_unsafe = unmerge = staticmethod(refuse_merging)
@@ -50,7 +49,7 @@ class SpikeLinearVariant(SpikeVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         adapter = choose(module, active_adapter, x).adapter
-        if adapter is not None:  # beside others, or for a part of the batch; the same as what follows, see `paths`
+        if adapter is not None:  # with other adapters, or for a part of the batch; it computes the same, see `paths`
             return spike_branch(result, x, adapter, returns_private(module.base_layer))
         a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         gated = module.lora_gate[active_adapter](a)
@@ -76,5 +75,5 @@ class SpikeEmbeddingVariant(SpikeVariant):
         A, B = module.low_rank(active_adapter)
         gated = module.lora_gate[active_adapter](module._embed(x, A.T))
         update = gated @ B.T * module.scaling[active_adapter]
-        embed_scale = module._get_embed_scale()  # of models whose embeddings multiply by it in their forward
+        embed_scale = module._get_embed_scale()  # some models' embeddings multiply by it in their forward
         return result + (update if embed_scale is None else update * embed_scale.to(update.dtype))

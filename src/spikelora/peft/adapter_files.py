@@ -1,4 +1,4 @@
-"""What a saved adapter has to hold, so that nothing loads but the adapter that was trained; and what its card says."""
+"""What a saved adapter must contain, so that only the adapter that was trained loads; and what its card says."""
 
 import re
 import warnings
@@ -16,9 +16,9 @@ from spikelora.errors import SpikeLoraError
 from spikelora.method.parameters import MIN_TAU
 
 _REMEDY = "Load the adapter that training saved."
-# The names of A in a file, and those of the B that goes with it; a parameter of an embedding has no `weight`.
+# The names of A in a file, each with the name of its B; an embedding's parameters have no `weight`.
 _UP = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-# A base model may have modules of its own whose names begin like that.
+# A base model may have its own modules whose names begin like that.
 _OWN = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|gate|magnitude_vector)(\.|$)")
 _NEURON = {".lora_gate.v_threshold": -torch.inf, ".lora_gate.tau": MIN_TAU}  # and their lowest values
 
@@ -39,10 +39,10 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 
 
 def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
-    """The weights in a local adapter folder, none where there is no file and none is needed.
+    """The weights in a local adapter folder; empty if there is no file and none is needed.
 
     Raises:
-        SpikeLoraError: where they are missing, damaged or incomplete, or where there are any as a pickle.
+        SpikeLoraError: if they are missing, damaged or incomplete, or if the folder has any as a pickle.
     """
     refuse_pickle(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
@@ -59,7 +59,7 @@ def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raise a `SpikeLoraError` where the weights in a folder are a pickle too, which a loader may choose."""
+    """Raise a `SpikeLoraError` if the folder also has the weights as a pickle, which a loader may choose."""
     if (folder / WEIGHTS_NAME).exists():
         raise SpikeLoraError(
             f"{folder / WEIGHTS_NAME} is a pickle, which SpikeLoRA never loads. Delete it and, where it is all there "
@@ -69,7 +69,7 @@ def refuse_pickle(folder: Path) -> None:
 
 
 def holds_gates(folder: Path) -> bool:
-    """Whether the weights in a local folder are of a spiking adapter, going by their names; not where unreadable."""
+    """Whether the weights in a local folder have gates, by their names; False if they cannot be read."""
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
             return any(".lora_gate." in name for name in file.keys())  # noqa: SIM118 (no mapping)
@@ -88,7 +88,7 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise a `SpikeLoraError` unless every module in the file is whole: A and B of one rank, a neuron in range.
 
     Args:
-        tensors: by their names in the file, which are without the adapter's name, such as `fc1.lora_gate.tau`.
+        tensors: by their names in the file, without the adapter's name, such as `fc1.lora_gate.tau`.
     """
     modules = low_rank_names(tensors)
     if not modules:
@@ -100,10 +100,10 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
         if name not in known:
             raise SpikeLoraError(f"The adapter's file has `{name}`, but no `lora_A` that it belongs to. {_REMEDY}")
         if not tensor.is_floating_point():
-            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}, which no weight is. {_REMEDY}")
+            raise SpikeLoraError(f"`{name}` in the adapter's file is in {tensor.dtype}, not a float. {_REMEDY}")
         if ".lora_gate." not in name and not tensor.isfinite().all():
             raise SpikeLoraError(
-                f"`{name}` in the adapter's file holds values that are no finite numbers: it is damaged, or its "
+                f"`{name}` in the adapter's file holds values that are not finite numbers: it is damaged, or its "
                 "training diverged. Copy it again, train with a lower learning rate, or take an earlier checkpoint."
             )
     for module, (down, up) in modules.items():
@@ -119,13 +119,13 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             if value.shape != (1,) or not value.isfinite().all() or value.float() < lowest:
                 raise SpikeLoraError(
                     f"`{symbol.removeprefix('.lora_gate.')}` of `{module}` in the adapter's file is {value.tolist()}, "
-                    f"but a threshold is one finite number and tau is one above 1. {_REMEDY}"
+                    f"but a threshold is one finite number and tau one number above 1. {_REMEDY}"
                 )
     _warn_of_rounded(tensors, modules)
 
 
 def _warn_of_rounded(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
-    """Warn of numbers in half precision that look like rounded decimals, as 0.10009766 in bfloat16 like 0.1."""
+    """Warn of numbers that look like decimals rounded to half precision, such as 0.10009766 for 0.1 in bfloat16."""
     rounded = []
     for name in (module + symbol for module in modules for symbol in _NEURON):
         dtype, value = tensors[name].dtype, tensors[name].item()
@@ -135,15 +135,15 @@ def _warn_of_rounded(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> N
             rounded.append(f"`{name}`, which is {value:.8g} and was probably {before:g}")
     if rounded:
         warnings.warn(
-            f"Somebody has rounded numbers of neurons in the adapter's file to half precision, {len(rounded)} of them, "
-            f"such as {rounded[0]}. Load the adapter that training saved, or calibrate its thresholds again.",
+            f"{len(rounded)} numbers of neurons in the adapter's file were rounded to half precision, such as "
+            f"{rounded[0]}. Load the adapter that training saved, or calibrate its thresholds again.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 def _check_rank(module: str, A: Tensor, B: Tensor) -> None:
-    # A is (r, in) and B (out, r), behind which convolutions have their kernels; in those with groups, B is in blocks.
+    # A is (r, in) and B (out, r), then the kernel's dimensions in a convolution; with groups, B is in blocks.
     has_groups = A.dim() > 2 and B.dim() == A.dim() and B.shape[1] and A.shape[0] % B.shape[1] == 0
     if not has_groups and not (A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]):
         raise SpikeLoraError(
@@ -163,7 +163,7 @@ def low_rank_names(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def say_how_to_load(folder: Path) -> None:
-    """Add to the model card in the folder, where there is one, what to install and import."""
+    """Add to the model card in the folder, if there is one, what to install and import."""
     card_file = folder / "README.md"
     if not card_file.exists():
         return

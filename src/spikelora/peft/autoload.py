@@ -1,6 +1,6 @@
-"""Switches on and off that programs of an environment find SpikeLoRA by importing PEFT, without an import of their own.
+"""Switches autoload on and off: with it, programs of an environment find SpikeLoRA by importing PEFT alone.
 
-On is a .pth file in the environment's site-packages, which Python runs at its start; it holds `autoload_hook.py`.
+It is a .pth file in the environment's site-packages, which Python runs when it starts. It contains `autoload_hook.py`.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from spikelora.errors import SpikeLoraError
 from spikelora.peft import autoload_hook
 
 _NAME = "spikelora-autoload.pth"
-# Python runs each line that begins with `import` by itself. A virtual environment may see a second file, of its base.
+# Python runs each line that begins with `import` separately. A virtual environment may see a second file, its base's.
 _CONTENTS = """\
 # Registers SpikeLoRA when PEFT is imported. `spikelora autoload off` removes this file, and so may you.
 import sys; any("SpikeLoraAutoload" in repr(f) for f in sys.meta_path) or exec({waiting!r}, {{"sys": sys}})
@@ -34,10 +34,10 @@ sys.meta_path.insert(0, SpikeLoraAutoload)
 
 
 def switch_on() -> Path:
-    """Write the file, or write it anew, and return where it is.
+    """Write or rewrite the file, and return its path.
 
     Raises:
-        SpikeLoraError: where the environment cannot be written, or does not read such files.
+        SpikeLoraError: if the environment cannot be written, or does not read such files.
     """
     file = _file()
     contents = _contents()
@@ -46,7 +46,7 @@ def switch_on() -> Path:
         try:
             with open(descriptor, "w", encoding="ascii") as stream:
                 stream.write(contents)
-            os.chmod(partial, 0o644)  # mkstemp makes it its owner's alone
+            os.chmod(partial, 0o644)  # mkstemp lets only its owner read it
             os.replace(partial, file)
         except BaseException:
             with suppress(FileNotFoundError):
@@ -58,10 +58,10 @@ def switch_on() -> Path:
 
 
 def switch_off() -> Path | None:
-    """Remove the file, and return where it was, or None where there was none.
+    """Remove the file, and return its path, or None if there was no file.
 
     Raises:
-        SpikeLoraError: where the environment cannot be written.
+        SpikeLoraError: if the environment cannot be written.
     """
     file = _file()
     try:

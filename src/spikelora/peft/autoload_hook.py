@@ -1,21 +1,22 @@
-"""What `spikelora autoload on` has Python run at its start: registers SpikeLoRA once `peft` is imported by someone.
+"""The code of autoload: registers SpikeLoRA once some module has imported `peft`.
 
-The text of this file goes into a .pth file, and may stay in an environment after this package. It is compiled when
-one of three packages is first imported, for which a finder of a few lines waits there (`autoload.py`).
+The text of this file goes into a .pth file, and may stay in an environment after this package is removed. It is
+compiled when one of three packages is first imported. A finder of a few lines in the .pth file waits for that
+(`autoload.py`).
 """
 
 import sys
 from _thread import get_ident
 
-# They import each other, and `spikelora` needs all three whole.
+# They import each other, and `spikelora` needs all three fully imported.
 PACKAGES = ("accelerate", "peft", "transformers")
 
 
 class SpikeLoraAutoload:
-    """A finder of modules that leaves the finding to those behind it, and acts when what they found has run."""
+    """A finder of modules that lets the later finders find, and acts once the module that they found has run."""
 
     def __init__(self):
-        self.running = []  # of each module of the three packages that is half done, the thread
+        self.running = []  # the thread of each module of the three packages that is being imported
         self.is_done = False
 
     def find_spec(self, name, path=None, target=None):
@@ -24,14 +25,15 @@ class SpikeLoraAutoload:
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
-                # Modules in a zip file share a loader, and other kinds may not take an attribute: they are left alone.
+                # Modules in a zip file share a loader, and other loaders may not take an attribute: they are left
+                # alone.
                 if getattr(spec.loader, "name", None) == name and hasattr(spec.loader, "__dict__"):
                     self.follow(spec.loader)
                 return spec
         return None
 
     def follow(self, loader):
-        """Act after this one run of a loader, which afterwards is as it was."""
+        """Act after this one run of a loader, and then leave the loader as it was."""
         run = loader.exec_module
 
         def exec_module(module):
@@ -51,8 +53,8 @@ class SpikeLoraAutoload:
         loader.exec_module = exec_module
 
     def register(self):
-        self.is_done = True  # it stays in its place, as another thread may be going through the finders
-        if "spikelora" in sys.modules:  # where its own import has brought PEFT
+        self.is_done = True  # it is not removed, because another thread may be going through the finders
+        if "spikelora" in sys.modules:  # it has imported PEFT itself
             return
         try:
             import spikelora  # noqa: F401
@@ -69,7 +71,7 @@ class SpikeLoraAutoload:
 
 
 def import_peft_before_loading(mixin):
-    """Have transformers' `load_adapter` import PEFT before it begins, as the registration guards that very method."""
+    """Make transformers' `load_adapter` import PEFT first, because the registration replaces that very method."""
     from contextlib import suppress
     from functools import wraps
 
@@ -87,7 +89,7 @@ def import_peft_before_loading(mixin):
 
 
 def take_over(waiting, name, path, target):
-    """Put the finder in the place of the one that waited, and find the first module with it."""
+    """Replace the waiting finder by this one, and find the first module with it."""
     if waiting in sys.meta_path:  # else another thread was quicker
         sys.meta_path[sys.meta_path.index(waiting)] = SpikeLoraAutoload()
     for finder in sys.meta_path:

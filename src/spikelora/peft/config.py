@@ -22,14 +22,14 @@ from spikelora.peft.targets import check_scope, check_target
 # Options of LoRA that contradict the gate, and what to do instead.
 _REFUSED = {
     "use_dora": "DoRA renormalises a merged weight, and a gated update is not a weight. Leave `use_dora=False`",
-    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, past the gate. "
+    "target_parameters": "PEFT's wrapper of bare parameters merges the update into the weight, without the gate. "
     "Target modules through `target_modules`",
-    "alora_invocation_tokens": "aLoRA brings a forward of its own, without the gate. Leave it at None",
+    "alora_invocation_tokens": "aLoRA brings its own forward, without the gate. Leave it at None",
     "arrow_config": "Arrow routes between linear adapters. Leave it at None",
-    "use_bdlora": "BD-LoRA brings factors of its own, without the gate. Leave it at None",
-    "velora_config": "VeLoRA brings a backward of its own, without the gate. Leave it at None",
+    "use_bdlora": "BD-LoRA brings its own factors, without the gate. Leave it at None",
+    "velora_config": "VeLoRA brings its own backward, without the gate. Leave it at None",
     "kasa_config": "KaSA truncates the base weight for a linear adapter. Leave it at None",
-    "monteclora_config": "MonteCLoRA brings a forward of its own, without the gate. Leave it at None",
+    "monteclora_config": "MonteCLoRA brings its own forward, without the gate. Leave it at None",
     "use_qalora": "QALoRA pools the input for a mergeable adapter. Leave `use_qalora=False`",
     "megatron_config": "PEFT's Megatron layers never ask for the gate. Leave it at None",
     "lora_bias": "a bias on `lora_B` would pass while every gate is silent. Leave `lora_bias=False`, "
@@ -49,16 +49,16 @@ class SpikeLoraConfig(LoraConfig):
         v_threshold: firing threshold of every adapted module, finite, in the units of `a / tau`. Negative values open
             the gate wider, down to plain LoRA.
         tau: membrane time constant, > 1.
-        surrogate: the gradient of the gate by `a`: "atan", the paper's surrogate gradient, or "straight_through", a
-            straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
+        surrogate: the gradient of the gate by `a`. "atan" is the paper's surrogate gradient; "straight_through" is a
+        straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
         surrogate_alpha: sharpness of that gradient, > 0; the larger, the narrower.
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
-        target_sparsity: share of silent activations, between 0 and 1, at which a `SparsityControlCallback` holds the
-            adapter during training by its thresholds; without one it does nothing.
-        target_scope: of what the target is the share: of each "module", or of the "adapter" as a whole, whose modules
-            then find their own shares.
+        target_sparsity: share of silent activations, between 0 and 1. A `SparsityControlCallback` holds it during
+        training by moving the thresholds; without the callback it does nothing.
+        target_scope: what has to reach the target: each "module", or the "adapter" as a whole, whose modules then
+        differ in their sparsity.
         target_tolerance: how far from the target the adapter may end before the callback warns.
 
     Raises:
@@ -71,7 +71,7 @@ class SpikeLoraConfig(LoraConfig):
         default=0.1,
         metadata={"help": "Firing threshold, finite; negative values open the gate wider, down to plain LoRA."},
     )
-    # PEFT's own layers refuse a config with a truthy field so marked, which keeps them from building an ungated LoRA.
+    # PEFT's own layers refuse a config with a truthy field marked like this, so they never build an ungated LoRA.
     tau: float = field(default=2.0, metadata={"help": "Membrane time constant, > 1.", "is_lora_variant": True})
     surrogate: str = field(
         default="atan",
@@ -90,7 +90,7 @@ class SpikeLoraConfig(LoraConfig):
     )
     target_scope: str = field(
         default="module",
-        metadata={"help": 'Whose share `target_sparsity` is: of each "module", or of the "adapter" as a whole.'},
+        metadata={"help": 'What has to reach `target_sparsity`: each "module", or the "adapter" as a whole.'},
     )
     target_tolerance: float = field(
         default=0.01, metadata={"help": "Distance from target_sparsity from which the callback warns at the end."}
@@ -165,7 +165,7 @@ class SpikeLoraConfig(LoraConfig):
                 _check_regex(name, getattr(self, name))
 
     def _everywhere(self, name: str, pattern_name: str) -> list[tuple[str, Any]]:
-        """The value of a field and those of its pattern, each with a name for messages."""
+        """The value of a field and the values of its pattern, each with a name for messages."""
         patterns = _patterns(pattern_name, getattr(self, pattern_name))
         return [(name, getattr(self, name)), *((f"{pattern_name}[{key!r}]", value) for key, value in patterns.items())]
 
@@ -191,7 +191,7 @@ class SpikeLoraConfig(LoraConfig):
         """Save the configuration as PEFT does.
 
         Raises:
-            SpikeLoraError: where there are weights that are a pickle, and would not be loaded.
+            SpikeLoraError: if the folder has weights as a pickle, which would not load.
         """
         refuse_pickle(Path(save_directory))  # PEFT writes the weights first
         super().save_pretrained(save_directory, **kwargs)
@@ -203,12 +203,12 @@ class SpikeLoraConfig(LoraConfig):
         """Load the configuration from a folder or a hub repository, as PEFT does.
 
         Raises:
-            SpikeLoraError: where the adapter in a local folder is of another method, damaged or incomplete.
+            SpikeLoraError: if the adapter in a local folder is of another method, damaged or incomplete.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
             raise SpikeLoraError(
-                f"{folder} has no {CONFIG_NAME}: it is no adapter, or a part of it is missing. Give an adapter's "
+                f"{folder} has no {CONFIG_NAME}: it is not an adapter, or a part of it is missing. Give an adapter's "
                 "folder, or copy the whole of it again."
             )
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -223,14 +223,14 @@ class SpikeLoraConfig(LoraConfig):
     def check_folder(
         self, name_or_path: str | os.PathLike[str], subfolder: str | None = None, needed: bool = False, **kwargs: Any
     ) -> None:
-        """Raise a `SpikeLoraError` where the weights beside this configuration are not whole, or not its own.
+        """Raise a `SpikeLoraError` if the weights next to this configuration are not whole, or not its own.
 
         Args:
-            name_or_path: a local folder, or a hub repository, from which the weights of a saved adapter are fetched.
+            name_or_path: a local folder, or a hub repository from which the weights are fetched.
             subfolder: where in there the adapter is.
-            needed: whether weights have to be there, as beside the configuration of a saved adapter, which has
-                `inference_mode` set; a configuration that was saved by itself may lie alone.
-            kwargs: what else the hub is asked with, such as `revision`.
+            needed: whether weights have to be there. A saved adapter, whose configuration has `inference_mode` set,
+            needs them; a configuration that was saved by itself does not.
+            kwargs: further arguments for the hub, such as `revision`.
         """
         folder = Path(name_or_path, subfolder or "")
         needed = needed or self.inference_mode
@@ -256,8 +256,8 @@ class SpikeLoraConfig(LoraConfig):
             file = hf_hub_download(repository, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
         except EntryNotFoundError as error:
             raise SpikeLoraError(
-                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none that is here while offline, and a pickle is "
-                "never loaded. Save the adapter again, which PEFT does with safetensors."
+                f"{repository} has no {SAFETENSORS_WEIGHTS_NAME}, or none in the cache while offline, and a pickle is "
+                "never loaded. Save the adapter again: PEFT then writes safetensors."
             ) from error
         return Path(file).parent
 
@@ -290,6 +290,6 @@ def _check_regex(name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (TypeError, re.error) as error:
         raise SpikeLoraError(
-            f"`{name}` has {pattern!r}, which is no regular expression ({error}). Give a module's name, or an "
+            f"`{name}` has {pattern!r}, which is not a regular expression ({error}). Give a module's name, or an "
             "expression that Python's `re` takes."
         ) from error

@@ -1,4 +1,4 @@
-"""What an adapter's `adapter_config.json` has to hold, so that no adapter runs otherwise than it was trained."""
+"""What an adapter's `adapter_config.json` must contain, so that the adapter runs as it was trained."""
 
 import warnings
 from dataclasses import is_dataclass
@@ -13,7 +13,7 @@ from spikelora.errors import SpikeLoraError
 from spikelora.peft.adapter_files import holds_gates
 from spikelora.peft.config import SURROGATES, SpikeLoraConfig
 
-# Without one of them, a default would scale the weights in a saved adapter otherwise than in its training.
+# If one of them were missing, a default would scale a saved adapter's weights differently than in its training.
 _SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 _FIRST_ADAPTERS = """{file} has `use_spikelora`, and not SPIKELORA for its `peft_type`: it is an adapter of the first \
 SpikeLoRA code, which PEFT would load without its gate. Give its tensors a gate, with the values of its configuration:
@@ -25,12 +25,12 @@ SpikeLoRA code, which PEFT would load without its gate. Give its tensors a gate,
 
 
 def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
-    """Raise a `SpikeLoraError` where an adapter's `adapter_config.json` is damaged, or would run it without its gate.
+    """Raise a `SpikeLoraError` if an adapter's `adapter_config.json` is damaged, or would run it without its gate.
 
     Args:
-        file: the file, beside which the adapter's weights may lie.
-        attributes: what it holds.
-        method: the method of an adapter whose configuration does not say it, where known.
+        file: the file; the adapter's weights may lie next to it.
+        attributes: its content.
+        method: the adapter's method, if the configuration does not say it and the caller knows it.
     """
     remedy = "Copy or save the adapter again."
     if not isinstance(attributes, dict):
@@ -39,7 +39,7 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
     if "peft_type" in attributes and method not in list(PeftType):
         raise SpikeLoraError(
             f"{file} cannot be read: its `peft_type` {method!r} is none that PEFT knows here. Upgrade `peft` or "
-            "import the package that brings the method and, should it be SPIKELORA, copy or save the adapter again."
+            "import the package that brings the method; if it should be SPIKELORA, copy or save the adapter again."
         )
     if method != PeftType.SPIKELORA:
         if attributes.get("use_spikelora"):
@@ -59,14 +59,14 @@ def check_config_file(file: Path, attributes: Any, method: str | None) -> None:
         )
     for name, value in attributes.items():
         if not _is_a(value, hints[name]):
-            raise SpikeLoraError(f"`{name}` in {file} is {value!r}, which it cannot be. {remedy}")
+            raise SpikeLoraError(f"`{name}` in {file} is {value!r}, which is not of its type. {remedy}")
     missing = sorted(_SCALING - attributes.keys())
     if missing and holds_gates(file.parent):
-        raise SpikeLoraError(f"{file} has no {', '.join(missing)}, on which the scaling of its weights rests. {remedy}")
+        raise SpikeLoraError(f"{file} has no {', '.join(missing)}, which the scaling of its weights needs. {remedy}")
 
 
 def with_known_surrogate(file: Path, attributes: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration; a surrogate that is not known here becomes the default, with a warning."""
+    """The fields of a configuration; an unknown surrogate becomes the default, with a warning."""
     default, surrogate = SURROGATES[0], attributes.get("surrogate", SURROGATES[0])
     if attributes.get("peft_type") != PeftType.SPIKELORA or surrogate in SURROGATES:
         return attributes
@@ -80,7 +80,7 @@ def with_known_surrogate(file: Path, attributes: dict[str, Any]) -> dict[str, An
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value of a JSON file is of the type that a field is declared with."""
+    """Whether a value from a JSON file has the type of its field."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is None or hint is type(None):
         return value is None

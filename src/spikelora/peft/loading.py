@@ -1,7 +1,7 @@
 """Guards of PEFT's and transformers' loaders: a spiking adapter loads as it was saved, or leaves the model as it was.
 
-PEFT puts an adapter's layers into the model before it reads the weights, warns of tensors that are missing and ignores
-those that are extra; transformers does so too, and reads the file without PEFT's functions.
+PEFT puts an adapter's layers into the model before it reads the weights. It warns of tensors that are missing and
+ignores those that are extra. transformers does so too, and reads the file without PEFT's functions.
 """
 
 import functools
@@ -31,10 +31,10 @@ _PREFIX = "base_model.model."
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """On an error, put back modules, attributes and `requires_grad` of a model with spiking adapters."""
+    """On an error, restore the modules, attributes and `requires_grad` of a model with spiking adapters."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    # Some are shared, such as `peft_config`, so that their contents are put back.
+    # Some are shared, such as `peft_config`, so their contents are restored.
     containers = {id(v): (v, copy(v)) for a in attributes for v in a.values() if type(v) in (dict, OrderedDict, list)}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -57,7 +57,7 @@ def _has_gates(model: nn.Module) -> bool:
 
 
 def _tensors_of(adapter_name: str) -> re.Pattern[str]:
-    """Finds the names of an adapter's tensors in a model; modules may have the adapter's name, too."""
+    """A pattern for the names of an adapter's tensors in a model; modules may have the adapter's name, too."""
     return re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(\.|$)")
 
 
@@ -67,8 +67,9 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
     Args:
         model: the model with the adapter's layers.
         adapter_name: the adapter.
-        tensors: by their names in the model or, where it is no `PeftModel`, also with the prefix of one.
-        swapped: whether it takes another's place, of another rank and perhaps with more modules.
+        tensors: by their names in the model; if it is not a `PeftModel`, the names may also have a `PeftModel`'s
+        prefix.
+        swapped: whether it replaces another adapter, which may have another rank and more modules.
     """
     state = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}
     found = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
@@ -77,12 +78,13 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         if own.search(key) and key not in found and not swapped:
             raise SpikeLoraError(f"The adapter's file has nothing for `{key}`: {_OTHER_BASE}")
     for key, tensor in found.items():
-        # With `bias="all"` PEFT saves the bias of a module trained as a whole again, under a name that no model has.
+        # With `bias="all"` PEFT saves the bias of a module that is trained whole a second time, under a name that no
+        # model has.
         if key not in state and key.endswith(".modules_to_save.bias"):
             continue
         if key not in state:
-            raise SpikeLoraError(f"The adapter's file has `{key}`, which the model has not: {_OTHER_BASE}")
-        if not own.search(key):  # of a module that is trained as a whole, which PEFT looks at by itself
+            raise SpikeLoraError(f"The adapter's file has `{key}`, which the model does not have: {_OTHER_BASE}")
+        if not own.search(key):  # of a module that is trained whole; PEFT checks these itself
             continue
         shape, expected_shape = tuple(tensor.shape), tuple(state[key].shape)
         if swapped and re.search(r"\.lora_(embedding_)?A\.", key):
@@ -98,12 +100,12 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
 
 
 def _refuse_lost_gates(tensors: Iterable[str]) -> None:
-    """Raise a `SpikeLoraError` where tensors for another method have gates, as of a file of the hub that says LORA."""
+    """Raise a `SpikeLoraError` if tensors for another method have gates, as in a file that says LORA."""
     if any(".lora_gate." in key for key in tensors):
         raise SpikeLoraError(
-            "The adapter's weights have gates, and PEFT loads them as of another method: it would run without its "
-            "gates. Copy or save it again, or where a program takes LoRA alone, as `load_lora_adapter` of diffusers, "
-            "use `add_adapter` with its SpikeLoraConfig, then `peft.set_peft_model_state_dict`."
+            "The adapter's weights have gates, but PEFT loads them for another method: it would run without its gates. "
+            "Copy or save it again or, if a program takes only LoRA, as `load_lora_adapter` of diffusers does, use "
+            "`add_adapter` with its SpikeLoraConfig, then `peft.set_peft_model_state_dict`."
         )
 
 
@@ -119,9 +121,10 @@ def guard_peft_loading(from_pretrained: Callable[..., Any]) -> Callable[..., Any
 
 
 def guard_remapping(remap: Callable[..., Any]) -> Callable[..., Any]:
-    """`BaseTuner._remap_adapter_state_dict_for_load`, as a function of the class: all of PEFT's methods load by it.
+    """`BaseTuner._remap_adapter_state_dict_for_load`, as a function of the class; all of PEFT's methods load through
+    it.
 
-    PEFT reports tensors that have found no place, and diffusers logs them as a warning.
+    PEFT reports tensors that have no place in the model, and diffusers logs them as a warning.
     """
 
     @functools.wraps(remap)
@@ -134,7 +137,7 @@ def guard_remapping(remap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guard_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """`PeftModel.load_adapter`; for an adapter that is there already, PEFT reads the weights alone."""
+    """`PeftModel.load_adapter`; for an adapter that is there already, PEFT reads only the weights."""
 
     @functools.wraps(load_adapter)
     def guarded(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +147,7 @@ def guard_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
         with as_it_was(self):
             try:
                 return load_adapter(self, model_id, adapter_name, *args, **kwargs)
-            except KeyError as error:  # of a module that is trained as a whole
+            except KeyError as error:  # of a module that is trained whole
                 config = self.peft_config.get(adapter_name)
                 if not (isinstance(config, SpikeLoraConfig) and config.modules_to_save):
                     raise
@@ -154,7 +157,7 @@ def guard_load_adapter(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guard_transformers_loading(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """`load_adapter` of transformers' models, which reads the file past PEFT and only logs what is amiss."""
+    """`load_adapter` of transformers' models, which reads the file without PEFT and only logs what is wrong."""
     signature = inspect.signature(load_adapter)
 
     @functools.wraps(load_adapter)
@@ -181,7 +184,7 @@ def guard_transformers_loading(load_adapter: Callable[..., Any]) -> Callable[...
             if not isinstance(self.peft_config[adapter_name], SpikeLoraConfig):
                 _refuse_lost_gates(info.unexpected_keys)
             else:
-                # Modules of the base may have the adapter's name, and are then said to be missing.
+                # Modules of the base may have the adapter's name, and are then reported as missing.
                 parts = re.compile(rf"{_tensors_of(adapter_name).pattern}|modules_to_save|trainable_tokens")
                 for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                     if keys := [key for key in getattr(info, what) if what != "missing_keys" or parts.search(str(key))]:
@@ -195,10 +198,11 @@ def guard_transformers_loading(load_adapter: Callable[..., Any]) -> Callable[...
 
 
 def guard_hotswap(swap: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's `hotswap_adapter_from_state_dict`, which sets to 0 what is missing: right for A and B, but for no tau.
+    """PEFT's `hotswap_adapter_from_state_dict`, which sets missing tensors to 0: right for A and B, wrong for tau.
 
-    It also looks for the keys of `rank_pattern` and `alpha_pattern` in names that they never match, for the layer of an
-    embedding one name too far up, and for missing tensors among those of all adapters whose names contain this one's.
+    It has three more errors. It matches the keys of `rank_pattern` and `alpha_pattern` with names that they never
+    match. It looks for an embedding's layer one name too far up. It looks for missing tensors among those of all
+    adapters whose names contain this one's.
     """
 
     @functools.wraps(swap)
@@ -221,7 +225,7 @@ def guard_hotswap(swap: Callable[..., Any]) -> Callable[..., Any]:
             check_tensors({own.sub(r"\1\2", key): value for key, value in state_dict.items()})
             model_itself = getattr(model, "_orig_mod", model)
             check_fit(model_itself, adapter_name, state_dict, swapped=True)
-            # Other adapters, and the neurons of modules that the new one has not.
+            # Other adapters, and the neurons of modules that the new adapter does not have.
             kept = {
                 tensor: tensor.detach().clone()
                 for name, tensor in model_itself.state_dict(keep_vars=True).items()

@@ -1,4 +1,4 @@
-"""Modules whose weight the model takes and never calls: no adapter of theirs would run, nor its gate."""
+"""Modules that a model never calls, because it reads their weight: an adapter on them, and its gate, would not run."""
 
 import functools
 import inspect
@@ -14,8 +14,8 @@ from spikelora.errors import SpikeLoraError
 _MAMBA = {"conv1d", "dt_proj", "out_proj", "x_proj"}
 _MAMBA_2 = {"conv1d", "out_proj"}
 _RELATIVE_POSITIONS = {"rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"}
-# By the class around them, as found in the sources of transformers 5.23 and of torch: linear layers and convolutions,
-# some of which are called at times, and DeBERTa's embeddings of relative positions. PEFT knows those of Mamba.
+# By the class around them, as found in the sources of transformers 5.23 and of torch. They are linear layers and
+# convolutions, some of which are called at times, and DeBERTa's embeddings of relative positions. PEFT knows Mamba's.
 _READ_NOT_CALLED = {
     "BailingHybridDeltaAttention": {"conv1d"},
     "BambaMixer": _MAMBA_2,
@@ -62,9 +62,9 @@ _READ_NOT_CALLED = {
 
 
 def check_called(parent: nn.Module, name: str) -> None:
-    """Raise a `SpikeLoraError` where the module around a target is known to take its weight and not to call it.
+    """Raise a `SpikeLoraError` if the module around a target is known to read its weight without calling it.
 
-    Warns where the source of that module's class says so, as of models that nobody has listed.
+    For classes that are not listed, warn if their source says so.
     """
     child = name.rpartition(".")[2]
     parent_type: Any = type(parent)
@@ -75,8 +75,8 @@ def check_called(parent: nn.Module, name: str) -> None:
         )
     if child in _read_only(parent_type):
         warnings.warn(
-            f"By the source of {parent_type.__name__} target module `{name}` is read and never called: where that is "
-            "so, its adapter and its gate never run. A `SparsityMeter` shows it, as a module with no token.",
+            f"The source of {parent_type.__name__} reads target module `{name}` and never calls it: if so, its adapter "
+            "and its gate never run. A `SparsityMeter` shows it, as a module with no token.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -84,7 +84,7 @@ def check_called(parent: nn.Module, name: str) -> None:
 
 @functools.cache
 def _read_only(parent: Any) -> frozenset[str]:
-    """The submodules whose `weight` the source of a class reads, and which it uses for nothing else."""
+    """The submodules whose `weight` the source of a class reads, if it uses them for nothing else."""
     read: set[str] = set()
     used: set[str] = set()
     for base in parent.__mro__:
@@ -92,14 +92,12 @@ def _read_only(parent: Any) -> frozenset[str]:
             continue
         try:
             source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):  # of no file, such as a class that was typed in
+        except (OSError, TypeError):  # a class without a file, such as one that was typed in
             continue
-        if re.search(
-            r"\bself\.processor\(\s*self\b", source
-        ):  # in diffusers that calls the layers of what it is handed
+        if re.search(r"\bself\.processor\(\s*self\b", source):  # in diffusers it calls the layers of that module
             return frozenset()
         for line in source.splitlines():
-            if "init" not in line:  # a start is no use
+            if "init" not in line:  # initialisation does not count as use
                 read.update(re.findall(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size)\b)", line))
             used.update(re.findall(r"\bself\.(\w+)\b(?!\.|\s*=[^=])", line))
     return frozenset(read - used)

@@ -27,7 +27,7 @@ _NAME = "SPIKELORA"
 
 
 def register() -> None:
-    """Register the method with PEFT; doing so again, or beside a PEFT with a method of this name, does no harm."""
+    """Register the method with PEFT; it may be called again, and PEFT may already have a method of this name."""
     if _NAME not in PeftType.__members__:
         _add_member()
     peft_type = PeftType[_NAME]
@@ -68,18 +68,18 @@ def _add_member() -> None:
 
 
 def original(function: Any) -> Any:
-    """What was there before an earlier registration wrapped it, with the wrappers of others."""
+    """The function as it was before an earlier registration wrapped it; wrappers of others stay."""
     is_ours = function.__globals__["__name__"].partition(".")[0] == "spikelora"
     return function.__wrapped__ if is_ours else function
 
 
 def _from_json_file(cls: Any, /, path_json_file: Any, **kwargs: Any) -> Any:
-    """PEFT's own, through which all its loaders read an adapter_config.json, before they do anything else."""
+    """PEFT's own; all its loaders read an adapter_config.json through it, before they do anything else."""
     file = Path(path_json_file)
     try:
         attributes = super(PeftConfig, cls).from_json_file(path_json_file, **kwargs)
     except (JSONDecodeError, UnicodeDecodeError, TypeError, RecursionError) as error:
-        # Whose it is, it does not say any more.
+        # It no longer says which method it is of.
         raise SpikeLoraError(
             f"{file} is damaged ({type(error).__name__}: {error}). Copy or save the adapter again."
         ) from error
@@ -90,7 +90,7 @@ def _from_json_file(cls: Any, /, path_json_file: Any, **kwargs: Any) -> Any:
 def _from_pretrained(
     cls: Any, /, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
 ) -> Any:
-    """PEFT's own, which transformers calls on `PeftConfig`; a spiking adapter's folder is checked there as well."""
+    """PEFT's own, which transformers calls on `PeftConfig`; here it also checks a spiking adapter's folder."""
     config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
     if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
         config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
@@ -98,7 +98,7 @@ def _from_pretrained(
 
 
 def _with_neurons(print_trainable_parameters: Callable[..., Any]) -> Callable[..., Any]:
-    """PEFT's line and, for each spiking adapter, one with the ranks, thresholds and time constants of its modules."""
+    """PEFT's line, and for each spiking adapter a line with its modules' ranks, thresholds and time constants."""
 
     @functools.wraps(print_trainable_parameters)
     def with_neurons(self: PeftModel) -> None:
@@ -131,7 +131,7 @@ def _with_instructions(create_or_update_model_card: Callable[..., Any]) -> Calla
 
 
 def _with_instructed_card(upload_modified_files: Callable[..., Any]) -> Callable[..., Any]:
-    """The upload of `push_to_hub`, which has written a card of its own over the one of PEFT."""
+    """The upload of `push_to_hub`, which has overwritten PEFT's card with its own."""
 
     @functools.wraps(upload_modified_files)
     def with_instructed_card(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

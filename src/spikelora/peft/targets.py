@@ -1,4 +1,4 @@
-"""What may be asked for as a target of sparsity, in a configuration and of a function alike."""
+"""The checks of a target sparsity, the same for a configuration and for a function's argument."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What trainers do when they are made that a gate does not bear: put right, or refused with what to do instead."""
+"""What trainers do, when they are made, that a gate does not tolerate: corrected, or refused with a remedy."""
 
 import functools
 import sys
@@ -20,8 +20,8 @@ from spikelora.peft.registration import original
 
 
 def guard_trainers() -> None:
-    """Wrap what every trainer calls when it is made; doing so again changes nothing."""
-    # At the end of `Trainer.__init__`, before TRL's trainers start their engine of vLLM.
+    """Wrap what every trainer calls when it is made; a second call changes nothing."""
+    # It runs at the end of `Trainer.__init__`, before TRL's trainers start vLLM.
     CallbackHandler.on_init_end = _fit_for_gates(original(CallbackHandler.on_init_end))
     fsdp_utils.fsdp2_load_full_state_dict = _with_fixed_numbers(original(fsdp_utils.fsdp2_load_full_state_dict))
 
@@ -39,14 +39,15 @@ def _fit_for_gates(on_init_end: Callable[..., Any]) -> Callable[..., Any]:
                 "merged. Generate with the model itself, by `use_vllm=False` and a trainer that has the option."
             )
         for module in self.model.modules() if isinstance(self.model, nn.Module) else ():
-            # On quantised bases TRL casts what is trained to bfloat16. The dtype comes back, the digits do not.
+            # On quantised bases TRL casts what is trained to bfloat16. The dtype is restored here; the lost digits are
+            # not.
             if _is_gate(module):
                 for tensor in module.parameters():
                     tensor.data = tensor.data.float()
             elif isinstance(module, SpikingLayer):
                 for name, gate in module.lora_gate.items():
                     module.complete_copy(name)
-                    gate.made_like = None  # what is equal from now on, the training makes so
+                    gate.made_like = None  # from now on the training decides what is equal
         _guard_synchronising()
         return on_init_end(self, args, state, control, **kwargs)
 
@@ -54,9 +55,9 @@ def _fit_for_gates(on_init_end: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_fixed_numbers(load_full_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """accelerate's function that hands out what the first process has loaded.
+    """accelerate's function that sends what the first process has loaded to the others.
 
-    It assumes that every entry of a state dict is sharded. Fixed numbers are not, and are handed out here.
+    It assumes that every entry of a state dict is sharded. Fixed numbers are not, and are sent here.
     """
 
     @functools.wraps(load_full_state_dict)
@@ -82,7 +83,8 @@ def _with_fixed_numbers(load_full_state_dict: Callable[..., Any]) -> Callable[..
 
 
 def _guard_synchronising() -> None:
-    """Wrap TRL's update of a reference model, once it is imported: it mixes parameters, and fixed numbers are none."""
+    """Wrap TRL's update of a reference model, once imported: it mixes parameters alone, and fixed numbers are
+    buffers."""
     callbacks: Any = sys.modules.get("trl.trainer.callbacks")
     if callbacks is not None:
         callback = callbacks.SyncRefModelCallback

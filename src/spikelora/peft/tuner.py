@@ -23,17 +23,17 @@ from spikelora.peft.read_not_called import check_called
 
 
 class NoMatchingModuleError(SpikeLoraError, NoMatchingPeftModuleError):
-    """Raised where an adapter would adapt no module at all."""
+    """Raised if an adapter would adapt no module at all."""
 
 
 class SpikeLoraModel(LoraModel):
-    """Puts SpikeLoRA adapters into a model; made by `get_peft_model` and PEFT's loaders for a `SpikeLoraConfig`.
+    """Puts SpikeLoRA adapters into a model; `get_peft_model` and PEFT's loaders make it for a `SpikeLoraConfig`.
 
     Takes what `LoraModel` takes.
 
     Raises:
-        SpikeLoraError: for a target whose type of layer has no gate here, for damaged adapter tensors, and for every
-            attempt to merge, weight or convert.
+        SpikeLoraError: for a target whose layer cannot have a gate, for damaged adapter tensors, and for every attempt
+        to merge, weight or convert.
     """
 
     @staticmethod
@@ -78,8 +78,8 @@ class SpikeLoraModel(LoraModel):
                 layer.lora_gate[adapter_name].made_like = alike[0]
         if experts:
             warnings.warn(
-                f"The target_modules stand for {', '.join(f'`{name}`' for name in sorted(experts))} as well, stacked "
-                "parameters that no gate can be put on; they are not adapted, where PEFT's LoRA would adapt them.",
+                f"The target_modules also stand for {', '.join(f'`{name}`' for name in sorted(experts))}. No gate can "
+                "be put on these stacked parameters: they are not adapted, though PEFT's LoRA would adapt them.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -109,7 +109,7 @@ class SpikeLoraModel(LoraModel):
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves all that has no parameters on the meta device, which a gate may not have; it goes where its A is.
+        # PEFT would move what has no parameters on the meta device, and a gate may have none; it goes where its A is.
         if not isinstance(new_module, SpikingLayer):  # when adapters are taken off
             super()._replace_module(parent, child_name, new_module, child)
             return
@@ -132,12 +132,12 @@ class SpikeLoraModel(LoraModel):
             if isinstance(layer, SpikingLayer) and adapter_name in layer.lora_gate:
                 layer.complete_copy(adapter_name)  # in place, and `state_dict` sees it
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # PEFT goes by the names of modules, in which FSDP's activation checkpointing puts a part, and finds nothing. It
-        # has left out the tensors of other adapters already.
+        # PEFT goes by the names of modules, and finds nothing, because FSDP's activation checkpointing adds a part to
+        # them. It has already left out the tensors of other adapters.
         keys = (key.partition("lora_gate.") for key in state_dict)
         layers = tuple(f"{layer}lora_" for layer, part, _ in keys if part)
         selected |= {key: tensor for key, tensor in state_dict.items() if key.startswith(layers)}
-        # PEFT's check for shards that were not gathered goes by the method's name.
+        # PEFT checks for shards that were not gathered only if the method is called LORA.
         _validate_lora_adapter_state_dict(selected, adapter_name)
         return selected
 
@@ -159,31 +159,31 @@ class SpikeLoraModel(LoraModel):
 
 
 def check_supported(layer: nn.Module, name: str, target: nn.Module) -> None:
-    """Raise a `SpikeLoraError` where the layer that PEFT made for a target has no spiking counterpart."""
-    # `nn.MultiheadAttention` takes the weight of its `out_proj` and never calls it.
+    """Raise a `SpikeLoraError` if the layer that PEFT made for a target has no spiking counterpart."""
+    # `nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it.
     if not has_spiking_type(layer) or isinstance(target, NonDynamicallyQuantizableLinear):
         raise _unsupported(name, target)
 
 
 def _stacked_targets(config: SpikeLoraConfig, model: nn.Module) -> set[str]:
-    """The parameters of mixtures of experts and of routers that PEFT would take some targets for, were it LoRA."""
+    """The parameters of experts and routers that PEFT would adapt for some of the targets, if this were LoRA."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers  # as late as PEFT
 
     plain = deepcopy(config.without_neuron())
-    with suppress(ValueError):  # of a part of a stacked parameter, which LoRA refuses, and which may be a layer as well
+    with suppress(ValueError):  # LoRA refuses a part of a stacked parameter, whose name may also be a layer's
         convert_peft_config_for_transformers(plain, model, conversions=None)
     return set(plain.target_parameters or ())
 
 
 def _check_whole(name: str, target: nn.Module) -> None:
-    """Raise a `SpikeLoraError` where a target's weight is split over processes."""
-    plan = getattr(target, "_hf_tp_plan", None)  # of tensor parallelism; PEFT puts it there, if it is new enough
+    """Raise a `SpikeLoraError` if a target's weight is split over processes."""
+    plan = getattr(target, "_hf_tp_plan", None)  # of tensor parallelism, put there by newer versions of PEFT
     placements = getattr(getattr(target, "weight", None), "placements", ())
     if plan is not None or any(placement.is_shard() for placement in placements):
         raise SpikeLoraError(
             f"Target module `{name}` is split over processes ({plan or 'its weight is a sharded DTensor'}): a gate "
-            "needs the whole of `a`, and a part of the layer gives a part of it. Load the model without `tp_plan`, put "
-            "the adapter on it, and share it out by FSDP2 afterwards."
+            "needs the whole of `a`, and a part of the layer gives only a part of it. Load the model without "
+            "`tp_plan`, put the adapter on it, and shard it with FSDP2 afterwards."
         )
 
 

@@ -1,4 +1,4 @@
-"""Looks, when imported, at the versions of the packages that this one rests on: those that its requirements name."""
+"""Checks, when imported, the versions of the packages that the requirements of this one name."""
 
 import re
 from importlib.metadata import PackageNotFoundError, requires
@@ -9,7 +9,7 @@ _CHECKED = ("peft", "transformers")
 
 
 def check() -> None:
-    """Raise an `ImportError` where an installed package is of another version, with the one to install."""
+    """Raise an `ImportError` that says what to install, if an installed package has another version."""
     try:
         requirements = requires("spikelora") or []
     except PackageNotFoundError:  # not installed, but on the path

@@ -1,4 +1,4 @@
 """What do I see? The report of a run, its figures and tables, and the `spikelora` command.
 
-It imports all other rooms. Nothing imports it but the command's start, `spikelora.__main__`.
+The room imports all other rooms. Only the start of the command, `spikelora.__main__`, imports it.
 """

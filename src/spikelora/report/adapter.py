@@ -57,7 +57,7 @@ class Adapter:
     """A sound adapter.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         config: its configuration.
         modules: in the order of their layers.
         parameters: count of the numbers in its tensors, modules saved whole among them.
@@ -78,11 +78,11 @@ class MeasuredSparsity:
     """Sparsity as a file in the folder says it.
 
     Attributes:
-        source: name of that file.
+        source: name of the file.
         sparsity: share of silent activations over all modules.
-        zero_threshold_sparsity: what it would be at `v_threshold = 0`; NaN where the file does not say.
+        zero_threshold_sparsity: what it would be at `v_threshold = 0`; NaN if the file does not say.
         modules: share of silent activations by module.
-        firing_rates: share of the tokens at which each rank spiked, by module; empty where the file does not say.
+        firing_rates: share of the tokens at which each rank spiked, by module; empty if the file does not say.
     """
 
     source: str
@@ -97,11 +97,11 @@ class Run:
     """An adapter and what its folder says of its training.
 
     Attributes:
-        adapter: the adapter in the folder, or in its last checkpoint where the run has not ended.
-        sparsity: as measured, None where no file has it.
+        adapter: the adapter in the folder, or in its last checkpoint if the run has not ended.
+        sparsity: as measured, None if no file has it.
         history: what was logged, by name, each value with its step.
         losses: held-out losses by label, such as `before`.
-        settings: the resolved flags as text, empty where there are none.
+        settings: the resolved flags as text, empty if there are none.
     """
 
     adapter: Adapter
@@ -111,9 +111,9 @@ class Run:
     settings: str
 
     def curves(self, name: str) -> dict[str, list[tuple[int, float]]]:
-        """What was logged under a name and, behind it, under prefixed ones, such as `sparsity` and `eval_sparsity`.
+        """What was logged under a name, and then under prefixed names, such as `sparsity` and `eval_sparsity`.
 
-        Without `train_loss`, which the Trainer logs once, as the mean of the whole training.
+        `train_loss` is left out: the Trainer logs it once, as the mean of the whole training.
         """
         names = [key for key in self.history if key == name or (key.endswith(f"_{name}") and key != "train_loss")]
         return {key: self.history[key] for key in sorted(names, key=lambda key: (key != name, key))}
@@ -128,8 +128,8 @@ def read_adapter(folder: Path) -> Adapter:
     """Read an adapter and check all of it.
 
     Raises:
-        SpikeLoraError: where it is of another method, damaged or incomplete, with the file, field or module and the
-            remedy.
+        SpikeLoraError: if it is of another method, damaged or incomplete, with the file, field or module and the
+        remedy.
     """
     config = SpikeLoraConfig.from_pretrained(folder)
     tensors = check_weights(folder, needed=True)
@@ -151,7 +151,7 @@ def read_run(folder: Path) -> Run:
     """Read the folder of a run, of one of its checkpoints, or of an adapter alone.
 
     Raises:
-        SpikeLoraError: where there is no sound adapter, or a file beside it cannot be read.
+        SpikeLoraError: if there is no sound adapter, or a file next to it cannot be read.
     """
     checkpoint = _last_checkpoint(folder)
     metrics = _read_json(folder / METRICS_FILE)
@@ -188,19 +188,19 @@ def _module(
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """A key for names of modules that sorts `layers.10` behind `layers.9`."""
+    """A key for names of modules that sorts `layers.10` after `layers.9`."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end; the Trainer's state is what it writes last."""
+    """The last checkpoint that was written completely; the Trainer writes its state last."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
     numbered = [path for path in complete if path.name.rpartition("-")[2].isdigit()]
     return max(numbered, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def _adapter_in(folder: Path) -> Path | None:
-    """Where a folder has its adapter: PEFT saves one that is not called `default` in a folder of its name."""
+    """The folder of the adapter: PEFT saves one that is not called `default` in a subfolder of that name."""
     if (folder / CONFIG_NAME).exists():
         return folder
     named = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
@@ -211,7 +211,7 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file."""
+    """The object in a JSON file, empty if there is no file."""
     if not path.is_file():
         return {}
     try:

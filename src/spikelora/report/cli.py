@@ -1,6 +1,6 @@
 """The `spikelora` command: what an adapter's folder holds, a report, calibration, conversion to LoRA, autoload.
 
-Ends with 0 where all is well, 1 where a folder or file is not sound, and 2 for wrong usage.
+The exit status is 0 if all is well, 1 if a folder or file is not sound, and 2 for wrong usage.
 """
 
 import os
@@ -106,7 +106,7 @@ def calibrate(
         float, typer.Option("--target_sparsity", help="Share of silent activations, between 0 and 1.")
     ] = 0.9,
     target_scope: Annotated[
-        str, typer.Option("--target_scope", help='Whose share it is: of each "module", or of the "adapter" as a whole.')
+        str, typer.Option("--target_scope", help='What has to reach it: each "module", or the "adapter" as a whole.')
     ] = "module",
     text_field: _TextField = "text",
     batch_size: _BatchSize = 8,
@@ -220,7 +220,7 @@ def _load(
     auto_class = _auto_class(config.task_type)
     with _loading(base):
         tokenizer = AutoTokenizer.from_pretrained(base)
-    # Before the base model, whose loading may take minutes.
+    # Before the base model, which may take minutes to load.
     batches = list(islice(text_batches(data, tokenizer, text_field, batch_size, cutoff_len), max_batches))
     with _loading(base):
         loaded = auto_class.from_pretrained(base, dtype="auto", device_map="auto")
@@ -256,9 +256,9 @@ def _auto_class(task_type: str | None) -> Any:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of the output when the block has ended well, and goes when it has not."""
+    """A folder to fill: it becomes the output if the block ends well, and is deleted otherwise."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise typer.BadParameter(f"--output {output} exists and is no empty folder; name another.")
+        raise typer.BadParameter(f"--output {output} exists and is not an empty folder; name another.")
     partial = Path(_writing(_sibling, output))
     try:
         yield partial
@@ -272,12 +272,12 @@ def _new_folder(output: Path) -> Iterator[Path]:
 def _sibling(output: Path) -> str:
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent)
-    os.chmod(folder, 0o755)  # mkdtemp makes it its owner's alone
+    os.chmod(folder, 0o755)  # mkdtemp lets only its owner read it
     return folder
 
 
 def _writing(write: Any, *arguments: Any) -> Any:
-    """Call what writes to an output, and say so where it cannot."""
+    """Call what writes to an output, and say so if it cannot."""
     try:
         return write(*arguments)
     except OSError as error:

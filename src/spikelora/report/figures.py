@@ -12,10 +12,10 @@ from typing import Any
 from spikelora.report.adapter import natural
 from spikelora.sparsity.meter import places
 
-# Stands for the colour of the page's text, which matplotlib has no name for.
+# Placeholder for the colour of the page's text, for which matplotlib has no name.
 _TEXT = "#010203"
 _FAINT = "#010204"
-# Each has a contrast of 3 or more to the light and to the dark page.
+# Each has a contrast of 3 or more with the light and the dark page.
 _COLOURS = ("#3b8ed0", "#d9702b", "#3a9a49", "#b565c9", "#b08900", "#d64550")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -38,7 +38,7 @@ class Grid:
 
 
 def by_layer(values: Mapping[str, float]) -> Grid:
-    """Lay values of modules out by layer and kind; kinds that a layer has twice are told apart by their full name."""
+    """Lay out values of modules by layer and kind; kinds that a layer has twice get their full name."""
     where = places(sorted(values, key=natural))
     counted = Counter(where.values())
     twice = {kind for (_, kind), count in counted.items() if count > 1}

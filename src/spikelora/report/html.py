@@ -34,7 +34,7 @@ def summary(adapter: Adapter) -> dict[str, str]:
 
 
 def results(run: Run) -> dict[str, str]:
-    """What a run came to, as labels and text; without what its folder does not say."""
+    """The results of a run, as labels and text; without what its folder does not say."""
     found = {f"held-out loss, {label}": f"{loss:.4f}" for label, loss in run.losses.items()}
     if run.sparsity:
         found["sparsity"] = percent(run.sparsity.sparsity)
@@ -88,7 +88,7 @@ def render(run: Run) -> str:
 
 
 def percent(share: float) -> str:
-    """A share for a cell of a table; 0 and 100 % only where it is exactly that."""
+    """A share for a cell of a table; 0 and 100 % only if it is exactly that."""
     if math.isnan(share):
         return "not run"
     if 0 < share < 0.0005:
@@ -105,7 +105,7 @@ def _range(values: Any) -> str:
 
 
 def _training_figures(run: Run) -> list[dict[str, str]]:
-    """SVG and caption of what was logged; text that says what is missing in place of an SVG."""
+    """SVG and caption of what was logged; if there is nothing, a text that says what is missing."""
     figures = []
     for name, title, curves, what, remedy in (
         (
@@ -145,7 +145,7 @@ def _log(run: Run) -> dict[str, dict[int, float]]:
 
 
 def _threshold_figure(adapter: Adapter) -> str:
-    """Thresholds by layer, a curve for each kind; empty where all are the same."""
+    """Thresholds by layer, a curve for each kind; empty if all are the same."""
     values = {module.name: module.v_threshold for module in adapter.modules}
     if len(set(values.values())) == 1:
         return ""

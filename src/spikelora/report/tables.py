@@ -30,7 +30,7 @@ def modules_table(adapter: Adapter) -> Table:
 
 
 def sparsity_table(run: Run) -> Table | None:
-    """Layers by kinds of module; None where the folder has no sparsity."""
+    """Layers by kinds of module; None if the folder has no sparsity."""
     if not run.sparsity:
         return None
     grid = by_layer(run.sparsity.modules)
@@ -42,7 +42,7 @@ def sparsity_table(run: Run) -> Table | None:
 
 
 def training_table(run: Run) -> Table | None:
-    """First and last value of what was logged; None where nothing was."""
+    """First and last value of what was logged; None if nothing was."""
     curves = run.curves("loss") | run.curves("sparsity")
     if not curves:
         return None

@@ -14,20 +14,20 @@ SUFFIXES = (".txt", ".jsonl")
 def text_batches(
     path: Path, tokenizer: Any, text_field: str = "text", batch_size: int = 8, cutoff_len: int = 256
 ) -> Iterator[dict[str, Any]]:
-    """The texts of a file in its order, tokenised, padded on the longest of each batch.
+    """The texts of a file in its order, tokenised and padded to the longest of each batch.
 
     Args:
         path: a .txt file, whose paragraphs are texts, or a .jsonl file with an object on each line.
         tokenizer: the base model's, of transformers.
         text_field: where an object of a .jsonl file has its text.
         batch_size: texts of a batch.
-        cutoff_len: tokens of a text; what is longer is cut.
+        cutoff_len: tokens of a text; longer texts are cut.
 
     Returns:
         Batches of `input_ids` and `attention_mask`, both `(batch, tokens)`.
 
     Raises:
-        SpikeLoraError: for a file that is no text, has none, or lacks the field in a line.
+        SpikeLoraError: for a file that is not text, has no text, or lacks the field in a line.
     """
     texts = _texts(path, text_field)
     if tokenizer.pad_token is None:
@@ -51,7 +51,7 @@ def _texts(path: Path, text_field: str) -> list[str]:
             f"{path} cannot be read as text in UTF-8 ({error}). Save it so, or give another file."
         ) from error
     if path.suffix == ".jsonl":
-        # Not splitlines: a JSON string may hold other characters that it takes for the end of a line.
+        # Not splitlines: it would also split at other characters that a JSON string may contain.
         lines = enumerate(content.split("\n"), start=1)
         found = [_field(path, number, line, text_field) for number, line in lines if line.strip()]
     else:
@@ -66,7 +66,7 @@ def _field(path: Path, number: int, line: str, text_field: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise SpikeLoraError(f"{path}, line {number} is no JSON ({error}). Give one object per line.") from error
+        raise SpikeLoraError(f"{path}, line {number} is not JSON ({error}). Give one object per line.") from error
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise SpikeLoraError(

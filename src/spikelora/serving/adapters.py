@@ -1,4 +1,4 @@
-"""A spiking adapter on its way into vLLM: read, checked against the served model, refused where it does not fit."""
+"""A spiking adapter on its way into vLLM: read, checked against the served model, and refused if it does not fit."""
 
 import json
 from dataclasses import MISSING, fields
@@ -19,15 +19,15 @@ from spikelora.peft.adapter_files import holds_gates, low_rank_names
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.serving.gate import GatedWrapper
 
-_ELSEWHERE = "Serve it with PEFT, or a LoRA made of it by `spikelora.to_lora`."
-# Fields of the configuration that the tensors of a gate say themselves, or that matter in training alone. What another
-# field would change in the forward, the served gate would not know.
+_ELSEWHERE = "Serve it with PEFT, or serve a LoRA that `spikelora.to_lora` makes of it."
+# Fields of the configuration that the gate's tensors contain themselves, or that matter only in training. Any other
+# field might change the forward in a way that the served gate does not know.
 _KNOWN = {"v_threshold", "tau", "learn_threshold", "learn_tau", "threshold_pattern"}
 _KNOWN |= {"surrogate", "surrogate_alpha", "target_sparsity", "target_scope", "target_tolerance"}
 
 
 def is_spiking(folder: Path) -> bool:
-    """Whether anything in an adapter's folder says that it is spiking; not where its configuration is unreadable."""
+    """Whether anything in an adapter's folder says that it is spiking; False if its configuration cannot be read."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError):
@@ -38,12 +38,12 @@ def is_spiking(folder: Path) -> bool:
 
 
 def read(folder: Path, weights_mapper: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The tensors of A and B in a spiking adapter's folder, and by vLLM's names of modules what stays silent there.
+    """The tensors of A and B in a spiking adapter's folder, and what stays silent, by vLLM's names of modules.
 
-    The latter is the greatest `a` in float32 that does not fire, NaN where all fires: see `ops/firing.py`.
+    The latter is the greatest `a` in float32 that does not fire, or NaN if all fires: see `ops/firing.py`.
 
     Raises:
-        SpikeLoraError: where the adapter is damaged, incomplete, or of a kind that has no place in vLLM.
+        SpikeLoraError: if the adapter is damaged, incomplete, or of a kind that vLLM cannot gate.
     """
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, SpikeLoraConfig):
@@ -55,7 +55,7 @@ def read(folder: Path, weights_mapper: Any) -> tuple[dict[str, Tensor], dict[str
     for module, (down, _) in low_rank_names(tensors).items():
         if tensors[down].dim() != 2 or ".lora_embedding_" in down:
             kind = "an embedding" if ".lora_embedding_" in down else "a convolution"
-            raise SpikeLoraError(f"`{module}` is {kind}, in which vLLM has no place for a gate. {_ELSEWHERE}")
+            raise SpikeLoraError(f"`{module}` is {kind}, where vLLM has no place for a gate. {_ELSEWHERE}")
         gate = f"{module}.lora_gate"
         v_threshold, tau = tensors.pop(f"{gate}.v_threshold"), tensors.pop(f"{gate}.tau")
         number = firing(torch.empty(0, dtype=torch.float32, device="cpu"), v_threshold, tau)
@@ -76,7 +76,7 @@ def _refuse_unknown(config: SpikeLoraConfig) -> None:
 
 
 def fit(manager: Any, lora: Any, silent: dict[str, float]) -> dict[str, list[float]]:
-    """By the modules of the served model one number for each slice of those that the adapter has, from `read`.
+    """The numbers from `read` by modules of the served model, one for each slice of a module that the adapter has.
 
     Args:
         manager: vLLM's `LoRAModelManager`.
@@ -84,12 +84,12 @@ def fit(manager: Any, lora: Any, silent: dict[str, float]) -> dict[str, list[flo
         silent: the number of each module of the adapter.
 
     Raises:
-        SpikeLoraError: where a module of the adapter has no place in the model, or one without a gate.
+        SpikeLoraError: if a module of the adapter has no place in the model, or a place without a gate.
     """
     _refuse_setting(manager)
     slices, placed = {}, set()
     for name, layer in manager.modules.items():
-        # Packed together is what is one layer here and several in the adapter, such as q, k and v.
+        # Several modules of the adapter, such as q, k and v, may be packed into one layer here.
         parts = [manager._get_lora_layer_weights(lora, part) for part in manager.packed_modules.get(name, [name])]
         if not any(parts):
             continue
@@ -114,7 +114,7 @@ def fit(manager: Any, lora: Any, silent: dict[str, float]) -> dict[str, list[flo
 def _refuse_setting(manager: Any) -> None:
     if manager.lora_config.fully_sharded_loras:
         raise SpikeLoraError(
-            "A gate needs its activations whole, which `--fully-sharded-loras` splits. Start vLLM without it."
+            "`--fully-sharded-loras` splits the activations, and a gate needs them whole. Start vLLM without it."
         )
     if get_pp_group().world_size > 1:
         raise SpikeLoraError(
@@ -123,14 +123,14 @@ def _refuse_setting(manager: Any) -> None:
     for wrapper in manager.punica_wrapper_mapping.values():
         if not type(wrapper).__module__.startswith("vllm.lora.punica_wrapper."):
             raise SpikeLoraError(
-                f"LoRA is computed by {type(wrapper).__name__} of another plugin, which may pass the gate by. Start "
+                f"LoRA is computed by {type(wrapper).__name__} of another plugin, which may skip the gate. Start "
                 "vLLM without that plugin."
             )
 
 
 def _check_shapes(name: str, layer: Any, parts: list[Any]) -> None:
     base = layer.base_layer
-    if hasattr(base, "total_num_kv_heads"):  # of q, k and v; `output_sizes` counts keys that are held twice
+    if hasattr(base, "total_num_kv_heads"):  # of q, k and v; `output_sizes` counts duplicated keys twice
         sizes = [n * base.head_size for n in (base.total_num_heads, base.total_num_kv_heads, base.total_num_kv_heads)]
     else:
         sizes = list(getattr(base, "output_sizes", [base.output_size]))

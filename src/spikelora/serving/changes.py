@@ -16,7 +16,7 @@ from spikelora.serving.gate import GatedWrapper
 
 
 def change_vllm() -> None:
-    """Put the gate into vLLM's LoRA; doing so again changes nothing."""
+    """Put the gate into vLLM's LoRA; a second call changes nothing."""
     if hasattr(BaseLayerWithLoRA.set_mapping, "__wrapped__"):
         return
     BaseLayerWithLoRA.set_mapping = _with_gate(BaseLayerWithLoRA.set_mapping)
@@ -26,7 +26,7 @@ def change_vllm() -> None:
 
 
 def _with_gate(set_mapping: Callable[..., Any]) -> Callable[..., Any]:
-    """Gives a linear layer its kernels; the layer sees them through a gate of its own."""
+    """Gives a linear layer its kernels, which it then calls through its own gate."""
 
     @functools.wraps(set_mapping)
     def with_gate(self: Any, punica_wrapper: Any) -> None:
@@ -38,7 +38,7 @@ def _with_gate(set_mapping: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reading_gates(from_local_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Reads an adapter's folder; of a spiking one the tensors of its gates as well, which vLLM does not know."""
+    """Reads an adapter's folder; for a spiking adapter also the gates' tensors, which vLLM does not know."""
 
     @functools.wraps(from_local_checkpoint)
     def reading_gates(cls: Any, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def _reading_gates(from_local_checkpoint: Callable[..., Any]) -> Callable[..., A
 
 
 def _fitting(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Loads an adapter before anything of it is used; a spiking one that does not fit the model is refused here."""
+    """Loads an adapter before any of it is used; a spiking one that does not fit the model is refused here."""
 
     @functools.wraps(load_adapter)
     def fitting(self: Any, lora_request: Any) -> Any:
@@ -68,7 +68,8 @@ def _fitting(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_numbers(activate_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    """Fills a slot with an adapter, and says whether it did; the slot gets the numbers of its gates, or of none."""
+    """Fills a slot with an adapter, and says whether it did; the slot gets the numbers of the adapter's gates, if
+    any."""
 
     @functools.wraps(activate_adapter)
     def with_numbers(self: Any, lora_id: int) -> bool:

@@ -12,17 +12,17 @@ from spikelora.errors import SpikeLoraError
 
 
 class GatedWrapper:
-    """vLLM's wrapper of its LoRA kernels as one linear layer sees it: what the shrink computes passes the gate.
+    """vLLM's wrapper of its LoRA kernels, as one linear layer sees it: the result of the shrink passes the gate.
 
-    vLLM adds `scaling * lora_B(lora_A(x))` as a shrink into a buffer, which holds `a (tokens, r)` for each of the
-    layer's slices, and an expand of it with a B that has the scaling in it. In between, with the slot that a token's
-    adapter lies in:
+    vLLM adds `scaling * lora_B(lora_A(x))` in two steps. A shrink writes `a (tokens, r)` into a buffer, for each of the
+    layer's slices. An expand multiplies it with a B that includes the scaling. In between, with the slot of the token's
+    adapter:
 
         gated = 0 where a <= silent[slot, slice], else a
 
-    `silent (slots + 1, slices)`, in float32, is the greatest activation that does not fire; NaN, which nothing is as
-    small as, lets all of a slot pass, as of a plain LoRA. Its last row is for tokens without an adapter, whose slot is
-    -1: the kernels for CPUs take the last slot's adapter for them, of which nothing is to pass.
+    `silent (slots + 1, slices)`, in float32, is the greatest activation that does not fire. NaN lets all of a slot
+    pass, as for a plain LoRA: no `a <= NaN` is true. The last row is infinite and lets nothing pass. It is for tokens
+    without an adapter, whose slot is -1: the kernels for CPUs use the last slot's adapter for them.
     """
 
     def __init__(self, wrapper: Any, layer: BaseLayerWithLoRA) -> None:
@@ -34,7 +34,7 @@ class GatedWrapper:
         self.silent[-1] = math.inf
         self.spiking_slots: set[int] = set()
         self.tp_rank = layer.tp_rank
-        # Each process has a part of the input, and of the sum that `a` is.
+        # Each process has a part of the input, and so only a part of the sum `a`.
         self.is_partial = isinstance(layer, RowParallelLinearWithLoRA) and layer.tp_size > 1
 
     def __getattr__(self, name: str) -> Any:
@@ -49,12 +49,12 @@ class GatedWrapper:
             self.spiking_slots.add(slot)
 
     def add_lora_linear(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own, whose shrink and expand are the methods of this object."""
+        """vLLM's own, but with this object's shrink and expand."""
         return type(self.wrapper).add_lora_linear(self, *args, **kwargs)
 
     def add_shrink(self, y: Any, x: Tensor, lora_a_stacked: tuple[Tensor, ...], scale: float, **kwargs: Any) -> Any:
         """vLLM's own, then the gate, in place."""
-        # Elsewhere than on a CPU a captured graph would keep the choice of the moment at which it was captured.
+        # Only on a CPU is there a choice: a captured graph would keep the choice of the moment of its capture.
         is_gated = bool(self.spiking_slots) or not x.is_cpu
         if is_gated and scale != 1:
             raise SpikeLoraError(f"vLLM scales the activations by {scale} before the gate. Upgrade `spikelora`.")
@@ -70,8 +70,8 @@ class GatedWrapper:
             if not self.is_partial:
                 part.masked_fill_(part <= silent, 0)
                 continue
-            # The products with B are summed over the processes: one of them adds what passes the gate, or for a linear
-            # adapter each its part.
+            # The products with B are summed over the processes. So one process adds what passes the gate; for a plain
+            # LoRA each process adds its part.
             whole = tensor_model_parallel_all_reduce(part.clone())
             gated = whole.masked_fill(whole <= silent, 0) if self.tp_rank == 0 else torch.zeros_like(whole)
             part.copy_(torch.where(silent.isnan(), part, gated))

@@ -1,4 +1,4 @@
-"""What vLLM finds under the entry points `vllm.general_plugins`, in each of its processes."""
+"""The entry point in `vllm.general_plugins`, which vLLM calls in each of its processes."""
 
 import functools
 import logging
@@ -8,13 +8,13 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-_log = logging.getLogger("vllm.spikelora")  # below vLLM's own, so that it is shown as vLLM shows its lines
+_log = logging.getLogger("vllm.spikelora")  # below vLLM's own logger, so that its lines are shown like vLLM's
 
 
 def register() -> None:
-    """Have the gate put into vLLM's LoRA where a process sets LoRA up; calling it again does no harm.
+    """Arrange that the gate is put into vLLM's LoRA when a process sets LoRA up; it may be called again.
 
-    With a vLLM of a version that was not tested it does nothing but warn: vLLM then refuses the tensors of a gate.
+    With an untested version of vLLM it only warns: vLLM then refuses the tensors of a gate.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -35,9 +35,9 @@ def register() -> None:
 
 
 def _changing_first(get_punica_wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's own, which is asked where a worker makes its LoRA layers.
+    """vLLM's own, which is called when a worker makes its LoRA layers.
 
-    Before, nothing of vLLM's layers is imported: its other processes need none, and do well not to touch a GPU.
+    vLLM's layers are not imported before that: its other processes do not need them, and should not touch a GPU.
     """
 
     @functools.wraps(get_punica_wrapper)
@@ -53,6 +53,6 @@ def _changing_first(get_punica_wrapper: Callable[..., Any]) -> Callable[..., Any
 def _tested_versions() -> Requirement:
     try:
         found = [Requirement(line) for line in requires("spikelora") or []]
-    except PackageNotFoundError:  # vLLM found the entry point, so that this is an installation half removed
+    except PackageNotFoundError:  # vLLM found the entry point, so this is a half-removed installation
         found = []
     return next((requirement for requirement in found if requirement.name == "vllm"), Requirement("vllm<0"))

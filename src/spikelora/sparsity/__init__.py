@@ -1,4 +1,4 @@
 """How sparse is an adapter, and how is that set? Observing, metering, calibrating, holding, watching, accounting.
 
-It imports the rooms `method` and `peft`.
+The room imports the rooms `method` and `peft`.
 """

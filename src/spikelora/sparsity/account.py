@@ -22,12 +22,12 @@ _ADDITION = 0.9
 
 @dataclass(frozen=True)
 class Operations:
-    """What is done for one token, a mean over the tokens measured; float32.
+    """The operations for one token, a mean over the tokens measured; float32.
 
     Attributes:
         macs: multiply-accumulates.
-        multiplications: those beside the multiply-accumulates, of the gate and of `scaling`.
-        additions: those beside the multiply-accumulates, into the base's output.
+        multiplications: those outside the multiply-accumulates, of the gate and of `scaling`.
+        additions: those outside the multiply-accumulates, into the base's output.
         comparisons: of the gate, `v >= v_threshold`.
         divisions: of the gate, `v = a / tau`.
         weight_words: 32-bit words of weights read.
@@ -51,10 +51,10 @@ class Costs:
 
     Attributes:
         base: the base layer, `in * out` multiply-accumulates; its bias is left out.
-        lora_merged: LoRA of this rank merged into the base: nothing. SpikeLoRA cannot be merged.
+        lora_merged: LoRA of this rank merged into the base, which costs nothing. SpikeLoRA cannot be merged.
         lora_unmerged: LoRA of this rank, `r * in + r * out` multiply-accumulates.
-        dense: SpikeLoRA where nothing is skipped: LoRA unmerged and the gate. So it runs on most paths of this package.
-        effective: SpikeLoRA where all that is silent is skipped: `r * in + firing_share * r * out`.
+        dense: SpikeLoRA with nothing skipped: unmerged LoRA and the gate. Most paths of this package run like this.
+        effective: SpikeLoRA with all that is silent skipped: `r * in + firing_share * r * out`.
     """
 
     base: Operations
@@ -87,13 +87,13 @@ class ModuleCosts(Costs):
 
 @dataclass(frozen=True)
 class Ledger(Costs):
-    """What `operations` counted, overall and by module: a token's way through every module once.
+    """What `operations` counted, overall and by module, for one token that passes each module once.
 
     `modules` has the keys of the report that it was made from; `print` shows it as a table.
 
     Attributes:
         modules: the modules that tokens reached.
-        left_out: keys of the modules that no token reached, and of those that are no linear layers; in no sum.
+        left_out: keys of the modules that no token reached or that are not linear layers; they are in no sum.
         tokens_per_pass: tokens for which the weights are read once.
         weight_pj: energy of reading one word of weights, in pJ.
         activation_pj: energy of reading or writing one word of activations, in pJ.
@@ -107,23 +107,23 @@ class Ledger(Costs):
 
     @property
     def saving(self) -> float:
-        """Share of unmerged LoRA's energy, beyond the base, that `effective` saves; negative where it costs more."""
+        """Share of unmerged LoRA's energy, without the base's, that `effective` saves; negative if it costs more."""
         return 1 - self.effective.energy / self.lora_unmerged.energy
 
     @property
     def verdict(self) -> str:
-        """What the sums say, in words, with what they do not say."""
+        """What the sums say, in words, and what they do not say."""
         lora, effective, base = self.lora_unmerged, self.effective, self.base.energy
         fewer = _less(1 - effective.macs / lora.macs, "fewer")
         overall = _less(1 - (base + effective.energy) / (base + lora.energy))
         dense = _less(1 - self.dense.energy / lora.energy)
         share_of_A = sum(m.r * m.in_features for m in self.modules.values()) / lora.macs
         return (
-            f"Where all that is silent is skipped, SpikeLoRA takes {_less(self.saving)} energy per token than LoRA "
-            f"unmerged, beyond the base, and {fewer} multiply-accumulates; with the base {overall} energy. A is dense: "
-            f"it alone is {100 * share_of_A:.3g}% of LoRA's multiply-accumulates, which no sparsity saves. Computed "
-            f"densely, SpikeLoRA takes {dense} energy than LoRA unmerged. It is never cheaper than LoRA merged, which "
-            "costs nothing beyond the base."
+            f"If all that is silent is skipped, SpikeLoRA adds {_less(self.saving)} energy per token to the base than "
+            f"unmerged LoRA, and {fewer} multiply-accumulates. With the base included it takes {overall} energy. A is "
+            f"dense: it alone is {100 * share_of_A:.3g}% of LoRA's multiply-accumulates, which no sparsity saves. "
+            f"Computed in full, SpikeLoRA adds {dense} energy than unmerged LoRA. It is never cheaper than merged "
+            "LoRA, which adds nothing to the base."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def operations(
 ) -> Ledger:
     """Count what each adapted module computes and moves for a token, at the firing rates that a meter measured.
 
-    With `p` the share of the elements of `gated` that spike, `q` the share of the tokens with any spike, `rate` that of
-    each rank, and `T = tokens_per_pass`; beyond the base, all but the base's own line:
+    `p` is the share of the elements of `gated` that spike, `q` the share of the tokens with any spike, `rate` the
+    firing rate of each rank, and `T = tokens_per_pass`. Each line but the first is what comes on top of the base:
 
                      MACs                  scaling, additions   words of weights               words of activations
         base         in * out              0                    in * out / T                   in + out
@@ -173,20 +173,20 @@ def operations(
         dense        r * in + r * out      out each             (r * in + r * out + 2) / T     in + 2 * r + 2 * out
         effective    r * in + p * r * out  q * out each         (r * in + f * out + 2) / T     in + 2 * r + q * 2 * out
 
-    All add into the base's output in place; PEFT's own LoRA moves `4 * out` words more, in temporaries.
+    All of them add into the base's output in place. PEFT's own LoRA moves `4 * out` words more, in temporaries.
 
-    The gate, dense and effective, adds a division, a comparison and a multiplication (`a * spikes`) per rank and reads
-    `v_threshold` and `tau`. What reaches B are graded values, not bits: B's products are multiply-accumulates and no
-    mere additions, as between spiking layers. `f = sum(1 - (1 - rate) ** T)` is the number of columns of B that any of
-    T tokens needs, where their spikes are independent; `f = p * r` for one token.
+    The gate, dense and effective, adds a division, a comparison and a multiplication (`a * spikes`) per rank, and reads
+    `v_threshold` and `tau`. Graded values reach B, not bits: B's products are multiply-accumulates, not the mere
+    additions between spiking layers. `f = sum(1 - (1 - rate) ** T)` is the number of columns of B that any of T tokens
+    needs, if their spikes are independent; `f = p * r` for one token.
 
-    Energy: a multiply-accumulate 4.6 pJ, a multiplication 3.7, an addition 0.9, by Horowitz; a comparison counts as the
-    addition that it is, a division as a multiplication, since tau is constant. A word from DRAM takes 640 pJ and one
-    from an 8 KB cache 5 pJ (Han et al., "Learning both weights and connections for efficient neural networks", NeurIPS
-    2015, after Horowitz, who gives 1.3 to 2.6 nJ and 10 pJ for 64 bits). By default the weights come from DRAM for
-    every token, as where one sequence is generated, and activations stay in that cache. These are figures of one old
+    Energy: a multiply-accumulate takes 4.6 pJ, a multiplication 3.7 and an addition 0.9, by Horowitz. A comparison
+    counts as an addition, and a division as a multiplication, because tau is constant. A word from DRAM takes 640 pJ
+    and one from an 8 KB cache 5 pJ (Han et al., "Learning both weights and connections for efficient neural networks",
+    NeurIPS 2015, after Horowitz, who gives 1.3 to 2.6 nJ and 10 pJ for 64 bits). By default the weights come from DRAM
+    for every token, as when one sequence is generated, and activations stay in that cache. These figures are of one old
     process and of an ideal machine: they rank ways to compute, and measure none. `effective` is what such a machine
-    could save.
+    would need.
 
     Args:
         model: the model that was measured.
@@ -235,7 +235,7 @@ def operations(
         raise SpikeLoraError(
             "`report` has no token of a linear layer. Run the model inside `with SparsityMeter(model) as meter:`."
         )
-    # Where several adapters share a module its base runs once.
+    # If several adapters share a module, its base runs once.
     bases = {m.module: m.base for m in modules.values()}
     sums = {field.name: _sum(getattr(m, field.name) for m in modules.values()) for field in fields(Costs)}
     return Ledger(
@@ -297,4 +297,4 @@ def _sum(parts: Iterable[Operations]) -> Operations:
 
 def _less(saving: float, less: str = "less") -> str:
     percent = f"{100 * abs(saving):.3g}%"
-    return f"{percent} {less}" if saving > 0 else f"{percent} more, not {less}," if saving < 0 else f"no {less}"
+    return f"{percent} {less}" if saving > 0 else f"{percent} more" if saving < 0 else f"no {less}"

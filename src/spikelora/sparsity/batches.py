@@ -1,4 +1,4 @@
-"""Running a model over calibration data, and who was reached."""
+"""Running a model over calibration data, and which modules were reached."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ def repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, An
     """Batches that can be used more than once.
 
     Raises:
-        SpikeLoraError: for what holds no batches, such as a single one.
+        SpikeLoraError: for anything that is not a collection of batches, such as a single batch.
     """
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise SpikeLoraError(
@@ -28,10 +28,10 @@ def repeatable(batches: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, An
 
 @torch.no_grad()
 def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observer, title: str) -> None:
-    """Show the observer all activations of a model in evaluation mode, over batches of its keyword arguments.
+    """Run a model in evaluation mode over batches of its keyword arguments, and show the observer all activations.
 
     Raises:
-        SpikeLoraError: where there is no spiking adapter, no batch, or no token in them that reaches an adapter.
+        SpikeLoraError: if there is no spiking adapter, no batch, or no token that reaches an adapter.
     """
     device = gates(model)[0].gate.tau.device
     batches = repeatable(batches)
@@ -61,7 +61,7 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
         for module, mode in modes.items():
             module.training = mode
     if not n_batches:
-        raise SpikeLoraError("`batches` is empty. Give at least one, and a list where it is used more than once.")
+        raise SpikeLoraError("`batches` is empty. Give at least one, and a list if it is used more than once.")
     if not n_tokens:
         raise SpikeLoraError(
             "`batches` has no token that reaches an active spiking adapter, or all are padding. Give data that the "
@@ -89,7 +89,7 @@ def _call(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def warn_of_unreached(model: nn.Module, reached: Iterable[Gated], outcome: str) -> None:
-    """Warn of the modules that calibration data did not reach, though they have an adapter that ran elsewhere."""
+    """Warn of the modules that no calibration data reached, if their adapter ran in other modules."""
     reached = list(reached)
     adapters = {gated.adapter for gated in reached}
     unreached = {g.module for g in gates(model) if g.adapter in adapters} - {gated.module for gated in reached}

@@ -16,10 +16,10 @@ from spikelora.sparsity.batches import by_module, repeatable, run, warn_of_unrea
 from spikelora.sparsity.observe import Gated, gates
 from spikelora.sparsity.quantiles import QuantileSketch, common_threshold
 
-# How far from its target the best threshold of a module may leave it: activations that repeat allow no closer one.
+# How far a module may be from its target with its best threshold: activations that repeat may allow no closer one.
 MAX_MISS = 0.03
-_MAX_MISS_OF_ALL = 0.005  # the same of the adapter as a whole, where that is what is asked for
-# A module settles once those before it have: a chain of as many modules does, and longer ones nearly.
+_MAX_MISS_OF_ALL = 0.005  # the same for the adapter as a whole, if it has the target
+# A module settles once those before it have: a chain of this many modules settles, and longer ones nearly.
 _MAX_ROUNDS = 8
 
 
@@ -48,26 +48,26 @@ def calibrate_thresholds(
     """Set the thresholds so that a target share of the activations is silent on calibration data.
 
     `v_threshold` becomes the `target_sparsity` quantile of the module's own `v = a / tau`, over all ranks and all
-    tokens that are no padding, without storing the activations, see `quantiles.py`; with `target_scope="adapter"` that
-    of all modules together, see `quantiles.common_threshold`. Where B is not 0, the new gates change what the modules
-    behind them see. So it goes in rounds, until each module is within 0.03 of the target, or the adapter within 0.005,
-    or eight rounds are over; a last pass measures.
+    tokens that are not padding. The activations are not stored, see `quantiles.py`. With `target_scope="adapter"` it is
+    the quantile of all modules together, see `quantiles.common_threshold`. If B is not 0, the new gates change what
+    later modules see. So it goes in rounds, until each module is within 0.03 of the target, or the adapter within
+    0.005, or eight rounds are over. A last pass measures the result.
 
     Args:
         model: a model with spiking adapters; those that are active are calibrated.
         batches: the model's keyword arguments, batch by batch, attention masks among them. They are used 2 to 9
             times; an iterator is turned into a list.
-        target_sparsity: share of the elements of `gated` that shall be silent, between 0 and 1.
-        target_scope: of what it is the share, of each "module" or of the "adapter" as a whole.
+        target_sparsity: share of the elements of `gated` that are to be silent, between 0 and 1.
+        target_scope: what has to reach the target: each "module", or the "adapter" as a whole.
 
     Returns:
         The new thresholds by module, or by `<module>.<adapter>` where several adapters ran, with the number of rounds
         and how far each module is from the target.
 
     Raises:
-        SpikeLoraError: for a target outside (0, 1), an unknown scope, a model without spiking adapters, no batches,
-            no tokens, or, where each module is to reach the target, one whose activations are the same for all tokens,
-            or for which no finite threshold comes within 0.03 of it; all are as they were then.
+        SpikeLoraError: for a target outside (0, 1), an unknown scope, a model without spiking adapters, no batches or
+        no tokens. If each module has to reach the target, also for a module whose activations are the same for all
+        tokens, or for which no finite threshold comes within 0.03 of it. All thresholds are then as they were.
     """
     check_target("target_sparsity", target_sparsity)
     check_scope("target_scope", target_scope)
@@ -104,9 +104,9 @@ def calibrate_thresholds(
 def _look(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], title: str
 ) -> tuple[dict[Gated, QuantileSketch], dict[Gated, tuple[int, int]]]:
-    """The quantiles of each module's `v`, and how many of its elements are silent now and how many there are.
+    """For each module the quantiles of its `v`, how many of its elements are silent now, and how many there are.
 
-    Counted here and not by a `SparsityMeter`, which adds up over processes: one of them may calibrate alone.
+    A `SparsityMeter` would add up over processes; here one of them may calibrate alone.
     """
     sketches: dict[Gated, QuantileSketch] = defaultdict(QuantileSketch)
     counts: dict[Gated, tuple[int, int]] = {}
@@ -124,12 +124,12 @@ def _look(
 
 
 def _missed(off: Mapping[Gated, float]) -> list[str]:
-    """The modules that are further from the target than they may be."""
+    """The modules that are too far from the target."""
     return [f"`{name}` by {d:+.3f}" for name, d in by_module(off).items() if abs(d) > MAX_MISS]
 
 
 def _missed_of_all(counts: Mapping[Gated, tuple[int, int]], target: float) -> list[str]:
-    """The adapters that are."""
+    """The adapters that are too far from the target."""
     sums: dict[str, list[int]] = {}
     for gated, numbers in counts.items():
         sums[gated.adapter] = [a + b for a, b in zip(sums.get(gated.adapter, [0, 0]), numbers, strict=True)]
@@ -138,7 +138,7 @@ def _missed_of_all(counts: Mapping[Gated, tuple[int, int]], target: float) -> li
 
 
 def _common(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict[Gated, float]:
-    """The thresholds at which the modules of an adapter together reach the target."""
+    """The thresholds at which the modules of an adapter reach the target together."""
     found: dict[Gated, float] = {}
     for adapter in dict.fromkeys(gated.adapter for gated in sketches):
         shown = [gated for gated in sketches if gated.adapter == adapter]
@@ -149,13 +149,13 @@ def _common(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict[Gat
 
 
 def _thresholds(sketches: Mapping[Gated, QuantileSketch], target: float) -> dict[Gated, float]:
-    """By module the threshold that comes closest to the target.
+    """For each module the threshold that comes closest to the target.
 
     Raises:
-        SpikeLoraError: where none comes close.
+        SpikeLoraError: if none comes close.
     """
     found = {gated: _threshold(sketch, target, _rank(gated)) for gated, sketch in sketches.items()}
-    # The other way round a share that is no number, as of activations that are none, would pass.
+    # Not `abs(...) > MAX_MISS`, which a NaN would pass, as from activations that are NaN.
     missed = {g.module: share for g, (_, share) in found.items() if not abs(share - target) <= MAX_MISS}
     if missed:
         nearest = {name: "none" if math.isnan(share) else f"{share:.2f}" for name, share in missed.items()}
@@ -175,10 +175,10 @@ def _set(thresholds: Mapping[Gated, float]) -> None:
 
 
 def _threshold(sketch: QuantileSketch, target: float, r: int) -> tuple[float, float]:
-    """The threshold whose sparsity comes closest to the target, and that sparsity; NaN where there is none.
+    """The threshold whose sparsity comes closest to the target, and that sparsity; NaN if there is none.
 
-    One value for each rank, over several tokens, is a module that gates nothing by its input: whatever the threshold,
-    the same ranks are silent for good.
+    If each rank has one value over several tokens, the gate does not depend on the input: whatever the threshold, the
+    same ranks are always silent.
     """
     values, below = sketch.shares_below()
     is_constant = len(values) <= r < sketch.count

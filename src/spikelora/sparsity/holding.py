@@ -23,30 +23,30 @@ from spikelora.sparsity.observe import (
 )
 from spikelora.sparsity.quantiles import common_threshold
 
-_START = 0.5  # where targets begin: what a symmetric activation has at threshold 0
-_SAMPLE = 2**12  # elements that a quantile is taken of; at 0.97 it is off by 0.003, which the steps average
-_JUDGED = 0.1  # last share of the training, whose sparsity has to be near the target
+_START = 0.5  # where targets begin: the sparsity of a symmetric activation at threshold 0
+_SAMPLE = 2**12  # elements from which a quantile is taken; at 0.97 it is off by 0.003, and the steps average that
+_JUDGED = 0.1  # the last share of the training, in which the sparsity has to be near the target
 
 
 class SparsityControlCallback(TrainerCallback, ExportableState):
-    """Holds an adapter at the `target_sparsity` of its configuration while it is trained, or each of its modules.
+    """Holds an adapter, or each of its modules, at the `target_sparsity` of its configuration during training.
 
-    After each step the threshold goes a part of the way to the target quantile of the module's own activations in that
-    step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, the mean over micro-batches and processes; after
-    the first step all of the way, wherever it was. With `target_scope="adapter"` it is the quantile of all modules'
-    activations together, see `quantiles.common_threshold`. The target itself rises from 0.5, what a symmetric
-    activation has at threshold 0, over the first steps. A module that never fires comes back to life so, as its
-    threshold falls to its activations. The thresholds are saved with the adapter, in checkpoints as at the end. What is
-    held is the sparsity of the training, under its dropout: without `lora_dropout` activations vary less, and the
-    sparsity is higher.
+    After each step the threshold moves a part of the way to the target quantile of the module's own activations in that
+    step, `v_threshold += gain * (quantile(v, target) - v_threshold)`, with the mean quantile over micro-batches and
+    processes. After the first step it moves all the way, wherever it was. With `target_scope="adapter"` it is the
+    quantile of all modules' activations together, see `quantiles.common_threshold`. The target itself rises over the
+    first steps from 0.5, the sparsity of a symmetric activation at threshold 0. This wakes modules that never fire,
+    because their thresholds fall to their activations. The thresholds are saved with the adapter, in checkpoints and at
+    the end. The callback holds the sparsity of the training, with its dropout. Without dropout, as in evaluation,
+    activations vary less and the sparsity is higher.
 
     Args:
         warmup_ratio: share of the training over which the target rises.
-        gain: share of the way that a threshold goes in one step.
+        gain: share of the way that a threshold moves in one step.
 
     Raises:
-        SpikeLoraError: at the start of the training, where no active adapter has a `target_sparsity`, where it goes on
-            from a checkpoint without the checkpoint's thresholds, and under `torch.nn.DataParallel`.
+        SpikeLoraError: at the start of the training, if no active adapter has a `target_sparsity`, if the training
+        resumes from a checkpoint without the checkpoint's thresholds, and under `torch.nn.DataParallel`.
     """
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:
@@ -68,7 +68,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
         refuse_data_parallel(args.n_gpu)
         found = gates(model)
         configs = configs_of(model)
-        # Of those that are trained: a reference policy has the configuration of the adapter that it is a copy of.
+        # Only adapters that are trained: a reference policy has the configuration of the adapter that it copies.
         targets = {gated: configs[gated.adapter].target_sparsity for gated in found if gated.is_active}
         self._targets = {gated: target for gated, target in targets.items() if target is not None}
         self._goals = {g.adapter: (target, configs[g.adapter].target_tolerance) for g, target in self._targets.items()}
@@ -85,12 +85,12 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # A checkpoint of a training that nothing held has thresholds that are to be set as at a start.
+        # If the checkpoint's training had no such callback, its thresholds are set as at a start.
         self._is_new = state.global_step == 0 or type(self).__name__ not in state.stateful_callbacks
         if not self._is_new and all(self._is_at_start(gated, configs[gated.adapter]) for gated in self._targets):
-            # Checkpoints of FSDP2 that earlier versions wrote have no thresholds that were held.
+            # Checkpoints of FSDP2 that earlier versions wrote lack the thresholds that the callback had set.
             raise SpikeLoraError(
-                "Each `v_threshold` is that before the training, not the checkpoint's. Load them, too, by "
+                "Each `v_threshold` is from before the training, not from the checkpoint. Load them, too, by "
                 "`model.load_adapter(checkpoint, adapter_name, is_trainable=True)` before the Trainer resumes."
             )
         self._is_common = {adapter: configs[adapter].target_scope == "adapter" for adapter in self._goals}
@@ -109,7 +109,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._add_common()
-        # In the same order in all processes, also for a module that ran in some of them only.
+        # In the same order in all processes, even for a module that ran in only some of them.
         sums = torch.stack([self._seen.get(g, torch.zeros(2)).to(args.device) for g in self._targets])
         self._seen.clear()
         add_up_processes(sums)
@@ -176,11 +176,11 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
             self._add(gated, v.nanquantile(self._target_now(gated)))
 
     def _add_common(self) -> None:
-        """After a micro-batch: what all modules of an adapter showed in it together gives each of them its quantile."""
+        """After a micro-batch, give each module its quantile from the activations of all modules of its adapter."""
         for adapter in self._goals:
             shown = {gated: parts for gated, parts in self._samples.items() if gated.adapter == adapter}
             if shown:
-                device = next(iter(shown.values()))[0][0].device  # a model may lie on several
+                device = next(iter(shown.values()))[0][0].device  # a model may be on several devices
                 values, weights = (
                     [torch.cat([part[n] for part in parts]).to(device) for parts in shown.values()] for n in (0, 1)
                 )
@@ -205,7 +205,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _sample(a: Tensor) -> Tensor | slice:
-    """Which tokens of `a (N, r)` to look at: whole ones, so that every rank has its share, spread over all.
+    """Which tokens of `a (N, r)` to sample: whole tokens, so that every rank has its share, spread over all.
 
     Every k-th token could be the first of its row each time. Steps of the golden ratio have no period.
     """

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-# Where a run leaves `SparsityReport.to_dict()` as JSON.
+# The file in which a run leaves `SparsityReport.to_dict()` as JSON.
 SPARSITY_FILE = "sparsity.json"
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Shares of what ran, between 0 and 1; NaN where no token did.
+    """Shares of what ran, between 0 and 1; NaN if no token ran.
 
     Attributes:
         sparsity: silent elements of `gated`, those without a spike.
         silent_tokens: tokens without any spike in a module.
         zero_threshold_sparsity: elements that would be silent at `v_threshold = 0`, which is mere rectification.
-        tokens: count of tokens, once for each module that they reached; padding is left out where a mask was given.
+        tokens: count of tokens, once for each module that they reached; padding is left out if a mask was given.
     """
 
     sparsity: float
@@ -48,10 +48,10 @@ class ModuleSparsity(Sparsity):
     Attributes:
         module: its name in the model that was adapted.
         adapter: name of the adapter.
-        layer: the name up to its first number, such as `model.layers.0`; empty where it has none.
-        kind: the last part of the name, such as `q_proj`, or as many as tell the modules of a layer apart.
-        v_threshold: firing threshold when it was reported.
-        tau: membrane time constant when it was reported.
+        layer: the name up to its first number, such as `model.layers.0`; empty if it has none.
+        kind: the last part of the name, such as `q_proj`, or as many parts as tell the modules of a layer apart.
+        v_threshold: firing threshold at the time of the report.
+        tau: membrane time constant at the time of the report.
         firing_rates: share of the tokens at which each rank spiked, of length r.
         dead_ranks: the ranks that never spiked.
     """
@@ -95,10 +95,10 @@ class SparsityMeter:
             trainer.evaluate()
         print(meter.report().sparsity)
 
-    It counts tokens that are no padding by the attention masks that the model and its encoder and decoder are called
-    with; where there is none, or its shape is not that of a module's tokens, every token counts. What gradient
-    checkpointing computes again is counted once, what a module computes twice in a forward twice. The numbers that the
-    model computes stay the same to the bit. Adapters that are added inside the context are not measured.
+    It leaves out padding by the attention masks that the model and its encoder and decoder are called with. If there is
+    no mask, or its shape is not that of a module's tokens, every token counts. What gradient checkpointing computes
+    again is counted once. What a module computes twice in a forward is counted twice. The numbers that the model
+    computes stay the same to the bit. Adapters that are added inside the context are not measured.
 
     Args:
         model: a model with spiking adapters.
@@ -106,8 +106,8 @@ class SparsityMeter:
         adapters: count the adapters of these names only; by default all.
 
     Raises:
-        SpikeLoraError: where the model has no spiking adapter, under `torch.nn.DataParallel`, and for what accelerate
-            has offloaded.
+        SpikeLoraError: if the model has no spiking adapter, under `torch.nn.DataParallel`, and if accelerate has
+        offloaded an adapter.
     """
 
     def __init__(
@@ -146,15 +146,15 @@ class SparsityMeter:
         self._is_open = False
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Reset all counts to 0."""
         self._counts.clear()
 
     def report(self) -> SparsityReport:
-        """What was measured so far; asked for inside the context or after it.
+        """What was measured so far; call it inside the context or after it.
 
-        In a distributed run the counts of all processes are added up, so that every process has to ask.
+        In a distributed run the counts of all processes are added up, so every process has to call it.
         """
-        # An adapter may have been deleted since it was counted, or before.
+        # An adapter may have been deleted, before or after it was counted.
         keys = sorted(key for key in self._gated if key in self._counts or self._is_there(*key))
         counted = [self._counts[k] if k in self._counts else self._no_counts(k) for k in keys]
         counts = dict(zip(keys, _of_all_processes(counted), strict=True))
@@ -180,16 +180,16 @@ class SparsityMeter:
         if mask is not None:
             spikes, rectified, silent = spikes & mask[:, None], rectified & mask[:, None], silent & mask
             tokens = mask.sum().view(1)
-        # By rank: spikes; then elements silent at 0, silent tokens, tokens. One tensor, nothing waits for the device.
+        # Spikes by rank, then elements silent at 0, silent tokens, tokens. As one tensor, nothing waits for the device.
         counts = torch.cat((spikes.sum(0), rectified.sum().view(1), silent.sum().view(1), tokens))
         if key in self._counts and len(self._counts[key]) != len(counts):
-            del self._counts[key]  # its ranks were pruned: it is another adapter now
-        # Added out of place: what is made in inference mode cannot be changed outside of it.
+            del self._counts[key]  # its ranks were pruned since
+        # Added out of place: a tensor made in inference mode cannot be changed outside of it.
         self._counts[key] = self._counts[key] + counts if key in self._counts else counts
 
 
 def _of_all_processes(counts: list[Tensor]) -> list[list[int]]:
-    """The counts as numbers, added up over the processes of a distributed run; waits for the device once."""
+    """The counts as numbers, summed over the processes of a distributed run; waits for the device once."""
     if not counts:
         return []
     flat = torch.cat([c.to(counts[0].device) for c in counts])
@@ -252,8 +252,9 @@ def _share(part: int, whole: int) -> float:
 def places(modules: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Layer and kind of each module: `model.layers.0.self_attn.q_proj` is a `q_proj` of `model.layers.0`.
 
-    The kind is the last part of the name or, where a layer has several of that (BERT's are all `dense`), as many as
-    tell them apart in every layer; those that differ by a number alone, such as experts, are of one kind.
+    The kind is the last part of the name. If a layer has several modules with that part (BERT's are all `dense`), it is
+    as many parts as tell them apart in every layer. Modules whose names differ only by a number, such as experts, are
+    of one kind.
     """
     layers, endings = {}, {}
     of_layer: dict[str, dict[str, list[str]]] = defaultdict(dict)  # by the longest

@@ -1,4 +1,4 @@
-"""Looking at the low-rank activations of a model while it runs, each token with its place in the attention mask."""
+"""Observing the low-rank activations of a model while it runs, each token with its place in the attention mask."""
 
 import inspect
 import threading
@@ -20,12 +20,12 @@ DATA_PARALLEL = (
 )
 
 
-# What transformers' EncoderDecoderModel and its kin run themselves, on the encoder's output.
+# What transformers' EncoderDecoderModel and similar models run themselves, on the encoder's output.
 _ON_ENCODER_TOKENS = "enc_to_dec_proj"
 
 
 class Gated(NamedTuple):
-    """One adapter's gate in one module, the module by its name in the model that was adapted."""
+    """One adapter's gate in one module, which has its name in the model that was adapted."""
 
     module: str
     adapter: str
@@ -38,7 +38,7 @@ class Gated(NamedTuple):
         return self.adapter in layer.active_adapters
 
 
-# Called with `a (N, r)` and, where the attention mask is known, which of the N tokens are no padding.
+# Called with `a (N, r)` and, if the attention mask is known, which of the N tokens are not padding.
 Observer = Callable[[Gated, Tensor, Tensor | None], None]
 
 
@@ -46,7 +46,7 @@ def gates(model: nn.Module) -> list[Gated]:
     """All gates of a model.
 
     Raises:
-        SpikeLoraError: where there are none.
+        SpikeLoraError: if there are none.
     """
     if not isinstance(model, nn.Module):
         raise SpikeLoraError(
@@ -69,7 +69,7 @@ def gates(model: nn.Module) -> list[Gated]:
 
 
 def refuse_data_parallel(n_gpu: int) -> None:
-    """Raise a `SpikeLoraError` where a trainer would take several GPUs in one process."""
+    """Raise a `SpikeLoraError` if a trainer would use several GPUs in one process."""
     if n_gpu > 1:
         raise SpikeLoraError(DATA_PARALLEL)
 
@@ -78,7 +78,7 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
     """The configurations of a model's adapters, by their names.
 
     Raises:
-        SpikeLoraError: where they are not at hand.
+        SpikeLoraError: if the model does not have them.
     """
     configs: Any = getattr(model, "peft_config", None)
     if configs is None:
@@ -90,7 +90,7 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
 
 
 def names(gated: Iterable[Gated]) -> list[str]:
-    """What reports call them: by their modules, or `<module>.<adapter>` where they are of several adapters."""
+    """Their names in reports: the module's, or `<module>.<adapter>` if they are of several adapters."""
     gated = list(gated)
     several = len({g.adapter for g in gated}) > 1
     return [f"{g.module}.{g.adapter}" if several else g.module for g in gated]
@@ -98,13 +98,13 @@ def names(gated: Iterable[Gated]) -> list[str]:
 
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
-    """Call the observer with every low-rank activation that a gate sees, however its layer computes.
+    """Call the observer with every low-rank activation that a gate sees, whichever path its layer takes.
 
     What gradient checkpointing computes a second time, in the backward, is not shown again.
 
     Raises:
-        SpikeLoraError: where the model has no spiking adapter, or one without values; and, while it runs, under
-            `torch.nn.DataParallel`.
+        SpikeLoraError: if the model has no spiking adapter, or one on the meta device; while it runs, also under
+        `torch.nn.DataParallel`.
     """
     found = gates(model)
     for gated in found:
@@ -115,7 +115,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
             )
     with ExitStack() as stack, token_masks(model) as masks:
         layers = {gated.layer: gated.module for gated in found}
-        # All from the start: a compiler would compile anew as the dict grows.
+        # All entries from the start: a compiler would recompile as the dict grows.
         seen = _Seen(layers)
         one_at_a_time = threading.Lock()
 
@@ -132,7 +132,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
             if a.device != gated.gate.tau.device:  # in a copy of the model
                 raise SpikeLoraError(DATA_PARALLEL)
             mask, names = seen.by_layer[gated.layer]
-            if mask is not None and names is not None:  # a batch whose rows have adapters of their own
+            if mask is not None and names is not None:  # a mixed batch: its rows have different adapters
                 mask = mask[[row for row, name in enumerate(names) if name == gated.adapter]]
             with one_at_a_time:
                 observer(gated, a.detach().flatten(0, -2), None if mask is None else mask.flatten())
@@ -147,7 +147,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
 
 
 class _Hook:
-    """What is called on a module while its model is watched; in a copy of the model, or a file of it, nothing is."""
+    """A hook on a module while its model is watched; a copy of the model, or a file of it, does not keep it."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
@@ -168,7 +168,7 @@ def _forget(gate: SpikeGate, observer: Callable[[Tensor], None]) -> None:
 
 
 def _adapter_names(layer: nn.Module) -> list[str] | None:
-    """The adapter of each row of the batch, which PEFT hands to a layer in a hook of its own."""
+    """The adapter of each row of the batch, which PEFT passes to a layer in a hook of its own."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, partial) and "adapter_names" in hook.keywords:
             return hook.keywords["adapter_names"]
@@ -176,7 +176,7 @@ def _adapter_names(layer: nn.Module) -> list[str] | None:
 
 
 class _Scope(NamedTuple):
-    """The masks in force inside one module that was given any."""
+    """The masks that hold inside one module that was given masks."""
 
     mask: Tensor | None
     encoder_states: Tensor | None
@@ -185,20 +185,20 @@ class _Scope(NamedTuple):
 
 
 class _Seen(threading.local):
-    """The mask and the adapters of the rows that each layer runs with now, in each thread its own."""
+    """The mask and the rows' adapters with which each layer runs now, separately for each thread."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         self.by_layer: dict[nn.Module, tuple[Tensor | None, list[str] | None]] = dict.fromkeys(layers, (None, None))
 
 
 class TokenMasks(threading.local):
-    """The attention masks of the modules that run now, outermost first, in each thread its own."""
+    """The attention masks of the modules that run now, outermost first, separately for each thread."""
 
     def __init__(self) -> None:
         self._scopes: list[_Scope] = []
 
     def of(self, x: Tensor, is_of_encoder: bool = False) -> Tensor | None:
-        """Which tokens of a module's input `x (..., in)` are no padding, as they lie in `x`; None where unknown."""
+        """Which tokens of a module's input `x (..., in)` are not padding, in the order of `x`; None if unknown."""
         if not self._scopes:
             return None
         scope = self._scopes[-1]
@@ -208,7 +208,7 @@ class TokenMasks(threading.local):
         if mask is None or mask.dim() != 2:
             return None
         if scope.is_cached and x.dim() == 3 and x.shape[0] == mask.shape[0]:
-            mask = mask[:, -x.shape[1] :]  # behind a cache the newest tokens are computed alone
+            mask = mask[:, -x.shape[1] :]  # with a cache only the newest tokens are computed
         is_flat = x.dim() == 2 and x.shape[0] == mask.numel()
         if x.shape[:-1] == mask.T.shape and not is_flat and x.shape[:-1] != mask.shape:
             mask = mask.T  # some models have tokens before batch
@@ -219,7 +219,7 @@ class TokenMasks(threading.local):
     def enter(
         self, signature: inspect.Signature, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Take the masks that a module is called with; one that is given none is in the scope of those around it."""
+        """Take the masks that a module is called with; without any, it keeps those of the modules around it."""
         try:
             given = signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
@@ -228,14 +228,14 @@ class TokenMasks(threading.local):
         mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
         scope = outer._replace(is_cached=outer.is_cached or given.get("past_key_values") is not None)
         if states is not None and states is not outer.encoder_states:
-            # A decoder: what is outside is the encoder's.
+            # A decoder: the mask around it is the encoder's.
             scope = scope._replace(mask=None, encoder_states=states, encoder_mask=given.get("encoder_attention_mask"))
         if "decoder_attention_mask" in signature.parameters:
-            # Encoder and decoder in one: it hands the encoder its mask, and what it runs itself are decoder tokens.
+            # Encoder and decoder in one: it passes the mask on to the encoder, and runs decoder tokens itself.
             scope, mask = scope._replace(mask=None, encoder_mask=mask), given.get("decoder_attention_mask")
         if "pixel_values" in signature.parameters and "input_ids" not in signature.parameters:
-            scope = scope._replace(mask=None)  # a vision tower, whose patches no text mask is for
-        # A number inside of a mask is one to add to attention scores, as Longformer's layers take it.
+            scope = scope._replace(mask=None)  # a vision tower: the text mask does not apply to its patches
+        # A floating-point mask inside of another is added to attention scores, as in Longformer's layers.
         is_added = isinstance(mask, Tensor) and mask.is_floating_point() and outer.mask is not None
         if isinstance(mask, Tensor) and mask.dim() == 2 and not is_added:
             scope = scope._replace(mask=mask)

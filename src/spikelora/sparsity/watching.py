@@ -29,19 +29,20 @@ class SparsityCallback(TrainerCallback):
 
         trainer.add_callback(SparsityCallback(trainer))
 
-    Behind each training loss: `sparsity`, `silent_tokens` and `zero_threshold_sparsity` of everything since the last
-    one, and `sparsity/<kind>` by kind of module, of the adapters that are active when the training begins. With each
-    evaluation the same over the whole evaluation set, as `eval_sparsity` and so on, which are also put into the metrics
-    that `evaluate()` returns: a search for hyperparameters that adds up all metrics wants an objective of its own. The
-    evaluation by module and rank is left as `sparsity.json` in the trainer's `output_dir`, for `spikelora report`.
-    Warns of modules that cannot learn, as they never fired and their B is still 0, and of a model that has fallen
-    silent; not of adapters with a `target_sparsity` that a `SparsityControlCallback` holds.
+    With each training loss it logs `sparsity`, `silent_tokens` and `zero_threshold_sparsity` of everything since the
+    last one, and `sparsity/<kind>` by kind of module, of the adapters that are active when the training begins. With
+    each evaluation it logs the same over the whole evaluation set, as `eval_sparsity` and so on. These are also in the
+    metrics that `evaluate()` returns; a search for hyperparameters that adds up all metrics then needs an objective of
+    its own. The evaluation by module and rank is left as `sparsity.json` in the trainer's `output_dir`, for
+    `spikelora report`. It warns of modules that cannot learn, because they never fired and their B is still 0, and of a
+    model that has fallen silent. It does not warn of adapters that a `SparsityControlCallback` holds at a
+    `target_sparsity`.
 
     Args:
         trainer: the trainer that it is added to, whose model has a spiking adapter.
 
     Raises:
-        SpikeLoraError: where it has none, and under `torch.nn.DataParallel`.
+        SpikeLoraError: if the model has none, and under `torch.nn.DataParallel`.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -56,11 +57,11 @@ class SparsityCallback(TrainerCallback):
         self._training = self._evaluation = _meter(self._model)
         self._fired: set[str] = set()
         self._warned: set[str] = set()
-        # No event announces an evaluation, so that the meter is put around the method that runs it. What a callback
-        # adds to logs comes too late for reporters that come before it, and what it logs at the next event misses
-        # the checkpoint of this step: the loss's log is followed by another, when TRL's trainers have let go of theirs.
+        # No event announces an evaluation, so the meter is put around the method that runs it. What a callback adds to
+        # logs comes too late for earlier reporters, and what it logs at the next event misses the checkpoint of this
+        # step. So a second log follows the loss's, after TRL's trainers have emptied theirs.
         evaluation_loop, log = trainer.evaluation_loop, trainer.log
-        # Where TRL's trainers log completions, each of their logs shows and writes all of them again.
+        # If TRL's trainers log completions, each of their logs shows and writes all of them again.
         self._log = functools.partial(Trainer.log, trainer) if getattr(trainer, "log_completions", False) else log
 
         @functools.wraps(evaluation_loop)
@@ -81,7 +82,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         self._training.__exit__()  # a training before this one may have been interrupted
-        if model is not self._model:  # the trainer has made it anew, by `model_init`
+        if model is not self._model:  # the trainer has made a new model, with `model_init`
             self._model = model
             self._fired, self._warned = set(), set()
         self._training = _meter(model, training=True)
@@ -91,7 +92,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training.__exit__()
-        self._of_training()  # warns of what no log of a loss came to tell
+        self._of_training()  # warn of what came after the last log of a loss
 
     def on_evaluate(
         self,
@@ -116,12 +117,12 @@ class SparsityCallback(TrainerCallback):
                 os.replace(partial, folder / SPARSITY_FILE)
 
     def _of_training(self) -> dict[str, float]:
-        """The figures since they were last asked for, and warnings of what they show."""
+        """The figures since the last call, and warnings of what they show."""
         report = self._training.report()
         self._training.reset()
         if not report.tokens:
             return {}
-        warned = self._warnings(report)  # by all processes, as they may have shards of B
+        warned = self._warnings(report)  # in all processes, because they may hold shards of B
         if self._trainer.is_world_process_zero():
             for warning in warned:
                 warnings.warn(f"{warning} {_REMEDY}", RuntimeWarning, stacklevel=2)
@@ -159,7 +160,7 @@ class SparsityCallback(TrainerCallback):
 
 
 def _meter(model: nn.Module, training: bool | None = None) -> SparsityMeter:
-    """Of the adapters that are active now: a reference policy, say, runs beside the one that is trained."""
+    """A meter of the adapters that are active now: a reference policy, for example, is left out."""
     return SparsityMeter(model, training, {gated.adapter for gated in gates(model) if gated.is_active})
 
 

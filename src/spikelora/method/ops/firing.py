@@ -1,4 +1,4 @@
-"""The gate by one number: the activations that fire are all those above the greatest one that stays silent."""
+"""The gate as one comparison: an activation fires if it is above the greatest one that stays silent."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 _SQUARED = {torch.float32: 1e18, torch.float64: 1e150}  # the square of which is finite
-# The search looks at so many neighbours of `tau * v_threshold`, then at so many places between the two that are left.
+# The search tries this many neighbours of `tau * v_threshold`, then this many places between the two that are left.
 _NEAR, _PARTS = 3, 64
 
 
@@ -24,11 +24,11 @@ class Firing(NamedTuple):
 
 
 def firing(a: Tensor, v_threshold: Tensor, tau: Tensor) -> Firing | None:
-    """What gates `a` by one comparison, or None where that cannot be had for nothing.
+    """What gates `a` by one comparison, or None if finding it would cost too much.
 
-    The numbers are read in every forward, which on a CPU takes less than a microsecond, so that nothing has to be told
-    when they change. On another device the reading would wait for the device, a compiler would compile for each value,
-    and a number that is learned is another one at each step.
+    The numbers are read in every forward, so a change is never missed; on a CPU that takes less than a microsecond. On
+    another device the reading would wait for the device, a compiler would compile for each value, and a learned number
+    changes at each step.
     """
     if not a.is_cpu or v_threshold.requires_grad or tau.requires_grad or torch.compiler.is_compiling():
         return None
@@ -43,7 +43,7 @@ def _firing(v_threshold: float, tau: float, dtype: torch.dtype) -> Firing:
 
 
 def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, straight_through: bool) -> Tensor:
-    """`grad_a` of `torch_backend.up_backward` from the distance of `a` to what the neuron fires at.
+    """`grad_a` of `torch_backend.up_backward`, from the distance between `a` and the point where the neuron fires.
 
     `a * s'(u) / tau = w * a / ((a - tau * v_threshold) ** 2 + q)` with `q = (tau / c) ** 2`, `c = pi / 2 * alpha` and
     `w = alpha * tau / (2 * c ** 2)`; the window of a straight-through estimator is `q` over the same denominator.
@@ -52,11 +52,12 @@ def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, 
     charged = threshold.dtype
     if dtype is not charged:
         a, g = a.to(charged), g.to(charged)
-    # From here on the surrogate is nothing beside the spikes; the square of an infinite one would give NaN.
+    # At such a distance the surrogate is negligible; the square of an infinite one would give NaN.
     limit = _SQUARED[charged]
     finite_a = a.clamp(-limit, limit)
     difference = torch.sub(finite_a, threshold)
-    # A call by `torch.ops` takes a CPU 20 us at one token, each of these 7: so none of them is one.
+    # At one token a call through `torch.ops` takes 20 us on a CPU, and each of these 7 us. So none is a `torch.ops`
+    # call.
     fires, width = torch.gt(a, silent), scalar((tau / c) ** 2, charged)
     distance = torch.addcmul(width, difference, difference)
     if straight_through:
@@ -69,21 +70,21 @@ def gate_backward(g: Tensor, a: Tensor, number: Firing, surrogate_alpha: float, 
 
 @functools.lru_cache(maxsize=4096)
 def scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """A tensor `()`, which an operation takes sooner than a number."""
+    """A tensor `()`, which an operation takes faster than a Python number."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")  # whatever the default device is
 
 
 def _greatest_silent(v_threshold: float, tau: float, dtype: torch.dtype) -> float:
-    """The greatest `a` of a dtype for which not `a / tau >= v_threshold`.
+    """The greatest `a` of a dtype that stays silent: `a / tau >= v_threshold` is false.
 
-    The division by a positive tau is monotone in floating point, so that all above fire and all below do not. Where
-    everything fires the answer is NaN, as nothing is as small.
+    The division by a positive tau is monotone in floating point, so all above fire and all below do not. If everything
+    fires the answer is NaN: no `a <= NaN` is true.
     """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     mask, (tau_, threshold) = torch.iinfo(bits).max, (scalar(value, torch.float32) for value in (tau, v_threshold))
 
-    # Floating-point numbers by their places in the order of all; that of 0 is 0.
+    # Each floating-point number by its place in their order; the place of 0 is 0.
     def number(place: Tensor) -> Tensor:
         return torch.where(place < 0, place ^ mask, place).view(dtype)
 

@@ -1,7 +1,7 @@
 """The gated linear layer as one autograd function: base and adapter together, or the adapter alone.
 
-`y = base(x) + scaling * gated @ B.T`, `gated = a * (a / tau >= v_threshold)`, `a = dropout(x) @ A.T`. What PEFT's LoRA
-pays beside its two products is memory traffic: three temporaries of the output's size forward, one of the input's size
+`y = base(x) + scaling * gated @ B.T`, `gated = a * (a / tau >= v_threshold)`, `a = dropout(x) @ A.T`. Besides its two
+products PEFT's LoRA pays for memory traffic: three temporaries of the output's size forward, one of the input's size
 backward. Here the products are added into the base's own output and input gradient, and the backward is closed-form
 from `x`, `a` and the dropout's mask.
 """
@@ -22,7 +22,7 @@ from spikelora.method.composed import as_saved, composed_gate, gradients, is_dif
 from spikelora.method.ops import torch_backend
 from spikelora.method.ops.frozen import product, product_backward
 
-_MAX_TRITON_RANK = 256  # up to here the kernels are tested
+_MAX_TRITON_RANK = 256  # the kernels are tested up to this rank
 
 
 class Adapter(NamedTuple):
@@ -61,7 +61,7 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
 
 
 def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
-    """The same where autocast is off, or has been seen to."""
+    """The same, once autocast is off or its casts are made."""
     if torch.is_grad_enabled():
         y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
@@ -76,13 +76,13 @@ def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter:
 
 
 def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tensor:
-    """The adapter alone, beside a layer that has run already: `y + scaling * gated @ B.T`.
+    """The adapter alone, for a layer that has run already: `y + scaling * gated @ B.T`.
 
     Args:
         y: output of the layer, `(..., out)`.
         x: its input, `(..., in)`.
         adapter: the adapter.
-        in_place: add into `y`; only where nobody else holds `y` and autograd has not saved it.
+        in_place: add into `y`; only if nobody else holds `y` and autograd has not saved it.
 
     Returns:
         `(..., out)` in the dtype of `y`.
@@ -91,7 +91,7 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
         x, adapter = _as_autocast(x, adapter)
     in_place = in_place and y.is_contiguous()
     if torch.is_grad_enabled():
-        # Autograd takes a detour for a view that a function changes; a compiler cannot trace such a function.
+        # Autograd is slow if a function changes a view, and a compiler cannot trace such a function.
         in_place = in_place and not torch.compiler.is_compiling() and not y._is_view()
         out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter)
         return out
@@ -102,7 +102,7 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
-    # Not by `torch.amp.is_autocast_available`, which torch 2.11 cannot compile; meta tensors alone have no autocast.
+    # torch 2.11 cannot compile `torch.amp.is_autocast_available`; only meta tensors have no autocast.
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -197,8 +197,8 @@ def _composed_backward(
     surrogate_alpha, straight_through, scaling, dropout, _ = numbers
     if x is None:
         raise SpikeLoraError(
-            "A second backward needs the input of each spiking layer, which is not kept where `lora_A` is frozen. "
-            "Train `lora_A` as well, or take the plain path by `with force_path(Path.PLAIN)`."
+            "A second backward needs the input of each spiking layer, which is not kept if `lora_A` is frozen. "
+            "Train `lora_A` as well, or take the plain path with `with force_path(Path.PLAIN)`."
         )
 
     def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
@@ -214,38 +214,38 @@ def _composed_backward(
 def _as_new(y: Tensor, x: Tensor) -> Tensor:
     """`y` with the leading dimensions of `x`, for an autograd function to return.
 
-    Not `view`: what a function returns must be no view, or the layers above could not change it in place. Nor, for a
-    compiler, what was changed in place: torch 2.11 then trains A and B by gradients of zero, without an error.
+    It must not be a view, or the layers above could not change it in place. For a compiler it must not be a tensor that
+    was changed in place either: torch 2.11 would then train A and B with gradients of zero, without an error.
     """
     unsafe_view: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
     return unsafe_view
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """`x (..., features)` as `(N, features)`; itself where it is that, as every view costs a node of autograd's."""
+    """`x (..., features)` as `(N, features)`; `x` itself if it has that shape, as every view costs an autograd node."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
-    """What autocast makes of the operands: casts that autograd sees."""
+    """The operands as autocast would cast them, with casts that autograd sees."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype))
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The backward has the dtypes of the forward, even where autocast is on around it."""
+    """A backward with the dtypes of the forward, even if autocast is on around it."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Add the adapter's part into `y (N, out)`; returns `a (N, r)` if needed, and dropout's mask `(N, in)` if any."""
+    """Add the adapter's part into `y (N, out)`; return `a (N, r)` if needed, and dropout's mask `(N, in)` if any."""
     A, B, v_threshold, tau, _, _, scaling, dropout, observers = adapter
     mask, scale = None, 1.0
     if dropout:
         dropped, mask = torch.native_dropout(x, dropout, True)
         if x.dtype == A.dtype:
             x = dropped
-        else:  # what PEFT drops out is a float32 copy; `x / (1 - dropout)` would be rounded here, and moves spikes
+        else:  # PEFT drops out in a float32 copy; here `x / (1 - dropout)` would be rounded, which moves spikes
             x, scale = x * mask, _kept(dropout)
     need_a = need_a or bool(observers)
     a = _backend(y, A).add_adapter_(y, x, A, B, v_threshold, tau, scale, scaling, need_a)
@@ -257,7 +257,7 @@ def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple
 def _adapter_backward(
     grad_y: Tensor, grad_x: Tensor | None, saved: Sequence[Tensor], numbers: tuple[Any, ...], needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` where given."""
+    """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` if given."""
     x, a, mask, A, B, v_threshold, tau = saved
     surrogate_alpha, straight_through, scaling, dropout, _ = numbers
     tokens, part, scale = _tokens(x) if needs[0] else None, grad_x, 1.0
@@ -273,16 +273,15 @@ def _adapter_backward(
 
 
 def _kept(dropout: float) -> float:
-    """What dropout multiplies by where it does not drop: it stands at `a`, which is smaller than `x`."""
+    """The factor of dropout for what it keeps; it is applied to `a`, which is smaller than `x`."""
     return 1 / (1 - dropout)
 
 
 def _backend(y: Tensor, A: Tensor) -> ModuleType:
     """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
 
-    The kernels are taken at every size. Where the GPU waits for the host, what counts is the number of launches: with
-    the base's own, 3 in a forward and 7 in a training step, for 4 and 17 by plain torch (`make bench ARGS="--only
-    host"`).
+    The kernels are taken at every size. If the GPU waits for the host, the number of launches decides: with the base's
+    own they are 3 in a forward and 7 in a training step, and 4 and 17 in plain torch (`make bench ARGS="--only host"`).
     """
     if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
         return torch_backend

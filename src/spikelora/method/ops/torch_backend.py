@@ -1,8 +1,8 @@
-"""The adapter's products in plain torch, for every device: each passes over its largest tensor once.
+"""The adapter's products in plain torch, for every device; each reads its largest tensor once.
 
 `x (N, in)`, `y (N, out)` and their gradients have the dtype of the base, `A (r, in)`, `B (out, r)`, `a (N, r)` that of
-the adapter, which is float32 beside a half-precision base. Where the two differ, rows go to the adapter's dtype a
-block at a time: as exact as PEFT's float32 copy of the whole, without the copy.
+the adapter, which is float32 for a half-precision base. If the two differ, rows are cast to the adapter's dtype a block
+at a time. That is as exact as PEFT's float32 copy of the whole, without the copy.
 """
 
 import math
@@ -14,25 +14,26 @@ from torch import Tensor
 
 from spikelora.method.ops.firing import firing, gate_backward, scalar
 
-# One block of rows has as many elements: 1 MB in float32, which stays in the caches. On two CPU cores blocks of 64 to
-# 256 rows of 1024 took the same time as a copy of the whole, blocks of 16 rows 2.5 times as long.
+# Elements of one block of rows: 1 MB in float32, which stays in the caches. On two CPU cores blocks of 64 to 256 rows
+# of 1024 took the same time as a copy of the whole, and blocks of 16 rows 2.5 times as long.
 _BLOCK = 2**18
 
-# Skipping silent tokens reads and writes single rows of y, the dense product streams through all of it. With the
-# search for the firing tokens the two break even (benchmarks/events, two CPU cores, float32, r = 8) where 24 % of 1024
-# tokens fire in width 1024, 32 % in width 4096, and 6 % of 128 tokens in width 1024.
+# Skipping silent tokens reads and writes single rows of y; the dense product streams through all of it. Including the
+# search for the firing tokens, the two break even at 24 % firing of 1024 tokens in width 1024, at 32 % in width 4096,
+# and at 6 % of 128 tokens in width 1024 (benchmarks/events, two CPU cores, float32, r = 8).
 _MAX_FIRING = 1 / 4
 _MIN_ELEMENTS = 2**18
 
-# The BLAS of a CPU is made for squarer products than those with r columns. On two cores, 512 tokens of 1024 features in
-# float32: with B copied to the layout of A, which for few tokens is not worth it, `grad_y @ B` takes 0.19 ms for 0.35
-# at r = 8 and 0.10 for 0.37 at r = 4, but 0.25 for 0.22 at r = 12. A sum over tokens where each thread has tokens of
-# its own, in place of features, takes 0.13 ms for 0.17 at r = 8, 0.18 for 0.21 at r = 16, and no less in other dtypes.
+# The BLAS of a CPU is slow for products with only r columns. Measured on two cores with 512 tokens of 1024 features in
+# float32: with B copied to the layout of A, `grad_y @ B` takes 0.19 ms in place of 0.35 at r = 8 and 0.10 in place of
+# 0.37 at r = 4, but 0.25 in place of 0.22 at r = 12. For few tokens the copy is not worth it. A sum over tokens is
+# faster if each thread has its own tokens and not its own features: 0.13 ms in place of 0.17 at r = 8, and 0.18 in
+# place of 0.21 at r = 16. In other dtypes it gains nothing.
 _MAX_COPIED_RANK = 8
 _MAX_SHARED_RANK = 32
 _MIN_TOKENS = 128  # of one product, or of one thread
 
-_LARGE = 1e6  # numbers of a neuron from which on the squares of a closed form lose too much
+_LARGE = 1e6  # above this, the squares of the closed form lose too much precision
 
 # The least and the greatest number that is finite.
 _FINITE = {
@@ -56,7 +57,7 @@ def add_adapter_(
 
     `gated = a * (a / tau >= v_threshold)`.
     """
-    # With few tokens every function of ours on the way costs what one of torch's operations does.
+    # With few tokens each Python function called here costs as much as one of torch's operations.
     if x.dtype == A.dtype == y.dtype and scale == 1 and x.shape[0] < _MIN_TOKENS and y.numel() < _MIN_ELEMENTS:
         a = F.linear(x, A)
         number = firing(a, v_threshold, tau)
@@ -84,9 +85,9 @@ def adapter_backward(
     scaling: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `add_adapter_` by A, B, v_threshold and tau, those of them that `needs` says, the rest None.
+    """Gradients of `add_adapter_` by A, B, v_threshold and tau; None for those that `needs` leaves out.
 
-    Adds that by x into `grad_x (N, in)` where it is given. With `grad_a` from `up_backward`:
+    Adds the gradient by x into `grad_x (N, in)` if it is given. With `grad_a` from `up_backward`:
 
         grad_A (r, in)   = scale * grad_a.T @ x
         grad_x (N, in)  += scale * grad_a @ A
@@ -102,7 +103,7 @@ def add_up_(y: Tensor, a: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor, s
     """`y += scaling * gated @ B.T` in place, `gated = a * (a / tau >= v_threshold)`."""
     number = firing(a, v_threshold, tau)
     if number is not None:
-        gated = torch.threshold(a, number.silent, 0.0)  # a NaN is above nothing, and stays visible
+        gated = torch.threshold(a, number.silent, 0.0)  # a NaN stays visible: it is not `<= silent`
         spikes = a > number.silent if _is_searched(y) else None
     else:
         spikes = _charge(a, tau) >= v_threshold
@@ -149,7 +150,7 @@ def up_backward(
     v = _charge(a, tau)
     spikes = v >= v_threshold
     grad_B = _sum_over_tokens(grad_y, _select(a, spikes), scaling) if need_B else None
-    # a * s'(u), which goes to 0 as a goes to infinity: 0 for the largest finite a, whose u ** 2 overflows.
+    # a * s'(u) goes to 0 as a goes to infinity: it is 0 for the largest finite a, whose u ** 2 overflows.
     c = math.pi / 2 * surrogate_alpha
     finite_a = a.to(v.dtype).clamp(*_FINITE[v.dtype])
     distance = (v - v_threshold).mul_(c).square_().add_(1)
@@ -172,12 +173,12 @@ def _charge(a: Tensor, tau: Tensor) -> Tensor:
 
 def _select(a: Tensor, spikes: Tensor) -> Tensor:
     """`a` where it spikes and 0 elsewhere; a NaN of `a` stays visible."""
-    # Multiplied, which takes a CPU half as long as torch.where; -inf is made finite first, as -inf * 0 would be NaN.
+    # A product takes half as long as torch.where on a CPU; -inf is made finite first, as -inf * 0 would be NaN.
     return a.clamp(min=_FINITE[a.dtype][0]).mul_(spikes)
 
 
 def _blocks(x: Tensor) -> list[slice]:
-    """Slices of the rows of `x (N, features)`; a compiler fuses the cast, and gets the whole."""
+    """Slices of the rows of `x (N, features)`; a compiler gets the whole, as it fuses the cast."""
     n_rows = x.shape[0]
     size = n_rows if torch.compiler.is_compiling() else _BLOCK // max(1, x.shape[1])
     if n_rows <= max(1, size):
@@ -187,13 +188,13 @@ def _blocks(x: Tensor) -> list[slice]:
 
 def _is_searched(y: Tensor) -> bool:
     """Whether skipping silent tokens can pay."""
-    # On other devices the count would have to wait for the device; a compiler would break the graph there.
+    # On other devices the count would wait for the device; a compiler would break its graph at it.
     return y.numel() >= _MIN_ELEMENTS and y.is_cpu and not torch.compiler.is_compiling()
 
 
 def _firing_tokens(y: Tensor, a: Tensor, spikes: Tensor) -> Tensor | None:
-    """Indices of the tokens with a spike where skipping the others pays, else None."""
-    # Eight ranks at a time as one integer, whose sum over up to 2040 ranks carries nothing: half the time of any().
+    """Indices of the tokens with a spike, if skipping the others pays, else None."""
+    # Eight ranks at a time as one integer: up to 2040 ranks its sum never carries. It takes half the time of any().
     r = spikes.shape[1]
     counts = spikes.view(torch.int64).sum(1) if r % 8 == 0 and r <= 2040 else spikes.any(1)
     tokens = counts.nonzero().squeeze(1)
@@ -241,7 +242,7 @@ def _add_product_(y: Tensor, c: Tensor, W: Tensor, scale: float) -> None:
 def _sum_over_tokens(x: Tensor, c: Tensor, scale: float, transposed: bool = False) -> Tensor:
     """`scale * x.T @ c`, `(features, r)` in the dtype of `c (N, r)`, or the same transposed."""
     if c.shape[0] < _MIN_TOKENS or not c.is_cpu:
-        # As it is wanted: what is a view of something transposed, autograd copies where it gathers gradients.
+        # In the layout that is wanted: autograd would copy a transposed view when it accumulates gradients.
         x = x.to(c.dtype)
         return _product(c.t(), x, scale) if transposed else _product(x.t(), c, scale)
     total = _sum_over_many(x, c)
@@ -251,7 +252,7 @@ def _sum_over_tokens(x: Tensor, c: Tensor, scale: float, transposed: bool = Fals
 
 
 def _sum_over_many(x: Tensor, c: Tensor) -> Tensor:
-    """`c.T @ x`, `(r, features)`; for r = 8 a CPU takes 6 times as long for `x.T @ c`."""
+    """`c.T @ x`, `(r, features)`; at r = 8 `x.T @ c` takes 6 times as long on a CPU."""
     if x.dtype == c.dtype:
         return _shared_sum(c, x) if _is_shared(c) else torch.mm(c.t(), x)
     total = c.new_zeros(c.shape[1], x.shape[1])
@@ -268,7 +269,7 @@ def _is_shared(c: Tensor) -> bool:
 
 
 def _shared_sum(c: Tensor, x: Tensor) -> Tensor:
-    """`c.T @ x` with as many tokens for each thread, and what is left of them behind."""
+    """`c.T @ x` with equally many tokens for each thread; the remaining tokens are added afterwards."""
     n_threads = torch.get_num_threads()
     rest = c.shape[0] % n_threads
     parts_of_c, parts_of_x = (t[rest:].unflatten(0, (n_threads, -1)) for t in (c, x))

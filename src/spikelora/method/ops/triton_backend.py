@@ -1,4 +1,4 @@
-"""The adapter's products as Triton kernels: the gate happens inside them and no `gated` reaches memory.
+"""The adapter's products as Triton kernels: they contain the gate, and `gated` is never written to memory.
 
 Three kernels over tokens N, features M and ranks r, two of them for a forward and three for a backward:
 
@@ -6,9 +6,9 @@ Three kernels over tokens N, features M and ranks r, two of them for a forward a
 - `_expand_add`: adds the partial sums up, takes them through the gate or its backward, and adds their product into y.
 - `_contract_tokens`: the gradients of both matrices in one launch, in spans of tokens where there are many.
 
-Sums are added in a fixed order and nothing is added atomically, so that training can be repeated to the bit. One file
-of more than 300 lines, as the kernels share what their launches share: sizes of blocks, precision, and the first look
-at a device.
+Sums are added in a fixed order and nothing is added atomically, so training can be repeated to the bit. One file of
+more than 300 lines, because the kernels share their launches' code: sizes of blocks, precision, and the first test of a
+device.
 """
 
 import functools
@@ -23,11 +23,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
-# Block sizes are fixed rather than tuned: another choice would be another order of summation.
+# Block sizes are fixed rather than tuned: other sizes would change the order of summation.
 BLOCK = 64
 SMALL_BLOCK = 16  # the smallest that tl.dot takes
-WIDE_BLOCK = 128  # of the features that one program adds into, which gathers the partial sums of its tokens first
-# A kernel that contracts gets about so many programs, by cutting into spans no shorter than MIN_SPAN.
+WIDE_BLOCK = 128  # features that one program adds into, after it has gathered the partial sums of its tokens
+# A contracting kernel gets about this many programs; its sum is cut into spans no shorter than MIN_SPAN.
 PROGRAMS = 256
 MIN_SPAN = 256
 MAX_SPANS = 16
@@ -35,7 +35,7 @@ MAX_SPANS = 16
 
 @functools.cache
 def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, rank: int) -> bool:
-    """Whether the kernels compile and start on a device, tried once for such a layer; where not, a warning says why."""
+    """Whether the kernels compile and start on a device, tried once for such a layer; if not, a warning says why."""
     n_tokens, features = BLOCK + 1, 2 * BLOCK
     try:
         with torch.no_grad():
@@ -48,7 +48,7 @@ def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, 
             adapter_backward(y, x, x, a, A, B, v_threshold, tau, 1.0, False, 1.0, 1.0, (True,) * 4)
     except Exception as error:  # of Triton, its compiler or the driver, which have no common class
         warnings.warn(
-            f"Triton's kernels do not run on {device} for {dtype} at rank {rank}, so that adapters take plain torch, "
+            f"Triton's kernels do not run on {device} for {dtype} at rank {rank}: adapters take plain torch, "
             f"which is slower ({type(error).__name__}: {error}). They need a GPU of compute capability 8.0 or newer, a "
             "C compiler (`CC`, or gcc on the path) and Python's headers.",
             RuntimeWarning,
@@ -77,7 +77,7 @@ def _store(pointer, tile, rows, columns, n_rows, n_columns, row_stride, column_s
 def _block(index, SIZE: tl.constexpr):
     """Indices of one block, in 64 bits because they are multiplied by strides.
 
-    The product tells the compiler that they begin at a multiple of SIZE, without which it loads element by element.
+    The product tells the compiler that they begin at a multiple of SIZE. Otherwise it would load element by element.
     """
     return tl.cast(index, tl.int64) * SIZE + tl.arange(0, SIZE)
 
@@ -140,9 +140,9 @@ def _expand_add(
 ):  # fmt: skip
     """`y (N, M) += scaling * c (N, r) @ W (r, M)`, with `c` made of `total = scale * sum_s partials[s] (N, r)`.
 
-    Forward `total` is the low-rank activation, which goes to `out` where that is given, and `c` is gated. Backward it
-    is the gradient of `gated`, and `c` that of `a`, which goes to `out`; `sums (2, blocks of tokens and of ranks)`
-    get the shares of the gradients of v_threshold and tau where they are given.
+    In the forward `total` is the low-rank activation, which goes to `out` if that is given, and `c` is gated. In the
+    backward `total` is the gradient of `gated`, and `c` is that of `a`, which goes to `out`. If
+    `sums (2, blocks of tokens and of ranks)` is given, it gets the shares of the gradients of v_threshold and tau.
     """
     tokens = _block(tl.program_id(0), BLOCK_N)
     features = _block(tl.program_id(1), BLOCK_M)
@@ -165,7 +165,7 @@ def _expand_add(
                     tl.store(place, -tl.sum(grad_v))
                     place += tl.num_programs(0) * rank_blocks
                     tl.store(place, -tl.sum(grad_v * finite_a) / (tau_value * tau_value))
-        # Rounded as it is kept, before it is compared and multiplied.
+        # Rounded to the dtype in which it is kept, before it is compared and multiplied.
         c = c.to(W.dtype.element_ty).to(tl.float32)
         if out is not None:  # noqa: SIM102
             if tl.program_id(1) == 0:
@@ -209,7 +209,7 @@ def _contract_tokens(
 ):  # fmt: skip
     """`grad_A[s] (r, in) = scale * grad_a.T @ x` and `grad_B[s] (out, r) = scaling * grad_y.T @ gated`, of span s.
 
-    Each of them where it is given; the programs of the first come before those of the second.
+    Each is computed if it is given; the programs of the first come before those of the second.
     """
     index = tl.program_id(0)
     blocks_A = 0
@@ -248,9 +248,9 @@ def adapter_backward(
     grad_y: Tensor, grad_x: Tensor | None, x: Tensor | None, a: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor,
     tau: Tensor, surrogate_alpha: float, straight_through: bool, scale: float, scaling: float, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of `add_adapter_` by A, B, v_threshold and tau, those of them that `needs` says, the rest None.
+    """Gradients of `add_adapter_` by A, B, v_threshold and tau; None for those that `needs` leaves out.
 
-    Adds that by x into `grad_x (N, in)` where it is given. With the ATan surrogate `s'(u)` at
+    Adds the gradient by x into `grad_x (N, in)` if it is given. With the ATan surrogate `s'(u)` at
     `u = a / tau - v_threshold`, `g = scaling * grad_y (N, out) @ B` and `grad_v = g * a * s'(u)`:
 
         grad_a (N, r)          = g * spikes + grad_v / tau, straight through g * (spikes + (1 - spikes) * w(u))
@@ -270,7 +270,7 @@ def adapter_backward(
         if need_A or grad_x is not None or sums is not None:
             grad_a = a.new_empty(a.shape)
             partials = _partial_sums(grad_y, B, B.shape[1], B.stride()[::-1])
-            y = grad_a[:, :0] if grad_x is None else grad_x  # where nobody needs the product, one without columns
+            y = grad_a[:, :0] if grad_x is None else grad_x  # no columns if nobody needs the product
             neuron = v_threshold, tau, sums
             _expand_add_(
                 y, partials, grad_a, a, A, A.stride(), *neuron, scaling, scale, surrogate_alpha, straight_through
@@ -302,7 +302,7 @@ def _expand_add_(
     v_threshold: Tensor, tau: Tensor, sums: Tensor | None, scale: float, scaling: float, surrogate_alpha: float,
     straight_through: bool,
 ) -> None:  # fmt: skip
-    """`y (N, M) += scaling * c @ W (r, M)` in place, `c` as `_expand_add` makes it: backward where `a` is given."""
+    """`y (N, M) += scaling * c @ W (r, M)` in place, `c` as `_expand_add` makes it: backward if `a` is given."""
     (n_tokens, n_features), (splits, _, rank) = y.shape, partials.shape
     grid, constants = _tokens_by_features(n_tokens, n_features, rank, a is not None, straight_through, W.dtype)
     _start(
@@ -318,12 +318,12 @@ def _token_sums(
     x: Tensor | None, grad_a: Tensor | None, grad_y: Tensor, a: Tensor, need_B: bool, v_threshold: Tensor, tau: Tensor,
     scale: float, scaling: float,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """`grad_A (r, in)` where x is given, and `grad_B (out, r)` if needed."""
+    """`grad_A (r, in)` if x is given, and `grad_B (out, r)` if needed."""
     (n_tokens, out_features), rank = grad_y.shape, a.shape[1]
     (in_features, x_dtype, strides) = (0, a.dtype, (0, 0)) if x is None else (x.shape[1], x.dtype, x.stride())
     columns = in_features, out_features if need_B else 0
     grid, span, constants = _tokens_by_spans(n_tokens, columns, rank, x_dtype, grad_y.dtype, a.dtype)
-    # What is split is added up by torch, in float32.
+    # Split sums are added up by torch, in float32.
     dtype, splits = (a.dtype, ()) if grid[1] == 1 else (torch.float32, (grid[1],))
     A = a.new_empty((*splits, rank, in_features), dtype=dtype) if x is not None else None
     B = a.new_empty((*splits, out_features, rank), dtype=dtype) if need_B else None
@@ -349,12 +349,13 @@ def _start(
 ) -> None:  # fmt: skip
     """Launch a kernel on the current device.
 
-    Triton's own way in looks at every argument to find what it has compiled, which takes longer than most kernels run.
-    Here that is kept by all that it depends on: the `sizes`, for which a kernel is specialised, the constants, and the
-    `kinds` of the tensors, which are their dtypes and which of them are None; not the `numbers`, whose types are always
-    the same. Pointers that are not aligned to 16 bytes, which are rare, go Triton's way.
+    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than most kernels run.
+    Here the compiled kernel is kept by all that it depends on: the `sizes`, for which a kernel is specialised, the
+    constants, and the `kinds` of the tensors, which are their dtypes and which of them are None. It does not depend on
+    the `numbers`, whose types are always the same. Pointers that are not aligned to 16 bytes are rare; they take
+    Triton's own launch.
     """
-    if not isinstance(kernel, triton.JITFunction):  # but interpreted
+    if not isinstance(kernel, triton.JITFunction):  # it is interpreted
         kernel[grid](*tensors, *sizes, *numbers, *constants)
         return
     pointers: list[int | None] = []
@@ -380,11 +381,11 @@ def _start(
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """The device of x as the current one; to enter a context takes longer than to see that it is."""
+    """A context in which the device of x is the current one; checking first is faster than entering one."""
     return nullcontext() if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device_of(x)
 
 
-# How a launch is cut into programs, and its constants, by its sizes. Few of them are met again and again.
+# How a launch is cut into programs, and its constants, by its sizes. The same few sizes come again and again.
 @functools.lru_cache(maxsize=4096)
 def _features_by_spans(
     n_tokens: int, n_features: int, rank: int, left: torch.dtype, right: torch.dtype
@@ -400,7 +401,7 @@ def _tokens_by_features(
     n_tokens: int, n_features: int, rank: int, backward: bool, straight_through: bool, dtype: torch.dtype
 ) -> tuple[tuple[int, int], tuple[Any, ...]]:
     block_n, block_r = _blocks(n_tokens, rank)
-    grid = _cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))  # without features, `out` is made still
+    grid = _cdiv(n_tokens, block_n), max(1, _cdiv(n_features, WIDE_BLOCK))  # `out` is written even without features
     return grid, (backward, straight_through, block_n, WIDE_BLOCK, block_r, _precision(dtype, dtype))
 
 
@@ -415,18 +416,18 @@ def _tokens_by_spans(
 
 
 def _precision(left: torch.dtype, right: torch.dtype) -> str:
-    """How `tl.dot` takes float32 tiles that were loaded from such tensors, so that it loses next to nothing.
+    """The `input_precision` of `tl.dot` for float32 tiles from such tensors, at which it loses next to nothing.
 
-    The host hands it over, as triton 3.6 takes no string back from a jitted function.
+    The host passes it on, because in triton 3.6 a jitted function cannot return a string.
     """
-    # Three products of TF32 parts are nearly float32, and on tensor cores; one TF32 holds any float16 or bfloat16.
+    # Three products of TF32 parts are nearly float32, and run on tensor cores; one TF32 holds any float16 or bfloat16.
     return "tf32x3" if torch.float32 in (left, right) else "tf32"
 
 
 def _stages(left: torch.dtype, right: torch.dtype) -> int:
-    """How many blocks are loaded ahead: three, or two where both are float32, which triton 3.8 gives more memory.
+    """How many blocks are loaded ahead: three, or two if both are float32, for which triton 3.8 takes more memory.
 
-    Three took 112 KB there at rank 64, of the 99 KB that a block has on cards of compute capability 8.6 and 8.9.
+    Three took 112 KB there at rank 64; a block has 99 KB on cards of compute capability 8.6 and 8.9.
     """
     return 2 if left == right == torch.float32 else 3
 
@@ -442,7 +443,7 @@ def _blocks(n_tokens: int, rank: int) -> tuple[int, int]:
 
 
 def _spans(length: int, block: int, programs: int) -> tuple[int, int]:
-    """Number of the spans that `length` is cut into where each takes `programs` of them, and their length in blocks."""
+    """How many spans `length` is cut into if each span takes `programs` programs, and their length in blocks."""
     splits = max(1, min(_cdiv(PROGRAMS, max(programs, 1)), _cdiv(length, MIN_SPAN), MAX_SPANS))
     span = max(1, _cdiv(_cdiv(length, splits), block))
     return max(1, _cdiv(length, span * block)), span
