@@ -793,9 +793,7 @@ class TestTables:
         store = Store(page.RESULTS)
         store.check()
         assert page.PAGE.read_text() == page.page(page.committed(), store, page.preface())
-        pictures = {
-            name for study in page.ended(page.committed(), store) for name in page.plots.figures(study, store)
-        }
+        pictures = {name for study in page.ended(page.committed(), store) for name in page.plots.figures(study, store)}
         assert pictures == {path.name for path in page.PICTURES.glob("*.png")}
 
     @pytest.mark.parametrize("task", ["cola", "sst2"])
