@@ -33,9 +33,16 @@ from transformers import (
 )
 
 from options import Options, parse_options, targets
-from results import as_lora, measure, peak_memory, plot_sparsity, show, warn_of_silence
+from results import as_lora, measure, peak_memory, show, warn_of_silence
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder
-from spikelora import SparsityCallback, SparsityControlCallback, SpikeLoraConfig, SpikeLoraError, operations
+from spikelora import (
+    SparsityCallback,
+    SparsityControlCallback,
+    SparsityReport,
+    SpikeLoraConfig,
+    SpikeLoraError,
+    operations,
+)
 from texts import load_rows, load_tokenizer, split, tokenize
 
 
@@ -179,7 +186,7 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     return trainer, before, after | trained | adapter
 
 
-def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path) -> str:
+def save(trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options: Options, folder: Path) -> str:
     """Save beside, load back, then move in place with the configuration last: nothing half-written can be loaded."""
     state, partial_folder = PartialState(), folder / ".partial"
     if state.is_main_process:
@@ -187,6 +194,8 @@ def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path)
         partial_folder.mkdir()
         if (folder / "README.md").exists():  # PEFT adds to a card that is there
             shutil.copy(folder / "README.md", partial_folder)
+        # The card shows it, and a picture that is drawn of it.
+        (partial_folder / "sparsity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     trainer.save_model(partial_folder)  # gathers what is sharded, and writes in the first process
     state.wait_for_everyone()
     generation = check_reload(trainer.model, tokenizer, row, options, partial_folder)
@@ -242,9 +251,9 @@ def main() -> None:
         clear_results(folder)
     state.wait_for_everyone()
     trainer, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
-    generation = save(trainer, tokenizer, val_rows[0], options, folder)
     before.pop("report")
     report = after.pop("report")
+    generation = save(trainer, tokenizer, val_rows[0], report, options, folder)
     ledger = operations(trainer.model, report)
     after["operations"] = ledger.effective.macs
     metrics = {"recipe": options.recipe, "before": before, "spikelora": after, "reloaded_logits_identical": True}
@@ -257,8 +266,6 @@ def main() -> None:
         metrics["lora"] = lora
     if not state.is_main_process:
         return
-    plot_sparsity(after["sparsity_by_module"], folder / "sparsity.png")
-    (folder / "sparsity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     show(metrics)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 # The first, as it looks at the versions of what the others import.
 from spikelora.peft import versions as _versions  # noqa: F401  # isort: skip
 from spikelora.errors import SpikeLoraError
+from spikelora.peft.adapter_files import card_sections
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.registration import register
 from spikelora.peft.trainers import guard_trainers
 from spikelora.peft.tuner import SpikeLoraModel
+from spikelora.report.card import sparsity_section
 from spikelora.sparsity.meter import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 
 register()
 guard_trainers()
+card_sections.append(sparsity_section)
 
 
 # Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,

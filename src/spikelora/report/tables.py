@@ -1,21 +1,23 @@
 """The tables that the command prints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from spikelora.report.adapter import Adapter, Run
+from spikelora.report.adapter import Adapter
 from spikelora.report.figures import by_layer
 from spikelora.report.html import percent
+from spikelora.report.run import Run
 
 
-def facts_table(title: str, facts: Mapping[str, str]) -> Table:
-    """Labels and text, in two columns."""
-    table = Table(title=title, show_header=False)
+def facts_table(title: str, facts: Mapping[str, Sequence[str]], names: Sequence[str] = ("",)) -> Table:
+    """Labels and, by column, the text of each of what is named."""
+    table = Table(title=title, show_header=len(names) > 1)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in facts.items():
-        table.add_row(label, value)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for label, values in facts.items():
+        table.add_row(label, *values)
     return table
 
 
