@@ -94,6 +94,9 @@ def test_the_loss_falls_and_everything_is_saved(finished):
     assert written <= names
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-2
     assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert f"| all | {metrics['spikelora']['sparsity']:.1%} |" in card
+    assert "](sparsity.png)" in card
     for shown in (
         "recipe: paper",
         "perplexity",
@@ -428,7 +431,7 @@ ROW = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
 
 
 def test_only_what_a_finished_run_left_is_cleared(script, tmp_path):
-    left = [*script["ADAPTER_FILES"], "sparsity.png", "sparsity.json", "checkpoint-8/model", "lora/checkpoint-8/model"]
+    left = [*script["ADAPTER_FILES"], "trainer_state.json", "checkpoint-8/model", "lora/checkpoint-8/model"]
     for name in (*left, "notes.txt", "lora/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

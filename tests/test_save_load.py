@@ -18,7 +18,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
 from spikelora.method.gate import SpikeGate
 
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -157,6 +157,56 @@ def test_a_card_that_was_there_is_kept(tmp_path):
     assert "\nimport spikelora" in once
     assert "- lora\n- spikelora\n" in once
     assert card.read_text().split() == once.split()
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """An adapter's folder with what it measured, as a run leaves it before it saves the adapter, and what that says."""
+    model = trained(tiny_opt())
+    with SparsityMeter(model) as meter:
+        model(TOKENS)
+    report = meter.report()
+    (tmp_path / "sparsity.json").write_text(json.dumps(report.to_dict()))
+    model.save_pretrained(tmp_path)
+    return tmp_path, report, model
+
+
+def test_the_card_shows_the_sparsity_and_a_picture(measured):
+    folder, report, model = measured
+    card = (folder / "README.md").read_text()
+    for name, shares in {"all": report, **report.kinds}.items():
+        assert f"| {name} | {shares.sparsity:.1%} | {shares.zero_threshold_sparsity:.1%} |" in card
+    assert "](sparsity.png)" in card
+    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text().split() == card.split()
+    (folder / "sparsity.json").unlink()
+    model.save_pretrained(folder)
+    assert "### Sparsity" not in (folder / "README.md").read_text()
+    assert "import spikelora" in (folder / "README.md").read_text()
+
+
+def test_the_card_has_a_table_alone_without_matplotlib(measured, tmp_path, monkeypatch):
+    folder, report, model = measured
+    (folder / "README.md").unlink()
+    (folder / "sparsity.png").unlink()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    model.save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert f"| all | {report.sparsity:.1%} |" in card
+    assert "sparsity.png" not in card
+    assert not (folder / "sparsity.png").exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"sparsity": 0.5}', '{"kinds": {"fc1": 3}}', '{"kinds": 1}'])
+def test_an_adapter_is_saved_beside_a_sparsity_that_cannot_be_read(measured, content):
+    folder, _, model = measured
+    (folder / "sparsity.json").write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"says nothing of the sparsity, as sparsity\.json cannot be read"):
+        model.save_pretrained(folder)
+    assert "### Sparsity" not in (folder / "README.md").read_text()
 
 
 def test_the_card_of_an_adapter_by_another_name(opt, tmp_path):

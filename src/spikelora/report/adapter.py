@@ -85,7 +85,9 @@ def read_adapter(folder: Path, spiking: bool = True) -> Adapter:
         tensors = read_weights(folder / SAFETENSORS_WEIGHTS_NAME)
     else:
         found = PeftType(config.peft_type).value
-        raise SpikeLoraError(f"{folder} holds a {found} adapter. Compare with runs of SpikeLoRA or of LoRA.")
+        raise SpikeLoraError(
+            f"{folder} holds a {found} adapter, which is neither SpikeLoRA nor LoRA. Compare with the run of another."
+        )
     names = low_rank_names(tensors)
     if not names or any(up not in tensors for _, up in names.values()):
         raise SpikeLoraError(f"The adapter's file in {folder} lacks `lora_A` or `lora_B`. Copy or save it again.")

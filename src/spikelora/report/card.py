@@ -4,8 +4,7 @@ import warnings
 from pathlib import Path
 
 from spikelora.errors import SpikeLoraError
-from spikelora.report.figures import by_layer, save_grid
-from spikelora.report.html import percent
+from spikelora.report.figures import by_layer, percent, save_grid
 from spikelora.report.run import read_json
 from spikelora.sparsity.meter import SPARSITY_FILE
 
@@ -39,8 +38,8 @@ def sparsity_section(folder: Path) -> str:
     lines = [
         "### Sparsity",
         "",
-        f"Share of silent activations, as measured in `{SPARSITY_FILE}`, and what it would be at `v_threshold = 0`, which",
-        "is mere rectification.",
+        f"Share of silent activations by `{SPARSITY_FILE}`, and what it would be at `v_threshold = 0`, which is mere",
+        "rectification.",
         "",
         "| modules | silent | at threshold 0 |",
         "|---|---|---|",

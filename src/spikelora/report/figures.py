@@ -76,6 +76,24 @@ def shade(share: float) -> str:
     return f"background:{to_hex(colour)};color:{'#000' if is_light else '#fff'}"
 
 
+def percent(share: float) -> str:
+    """A share for a cell of a table; 0 and 100 % only where it is exactly that."""
+    if math.isnan(share):
+        return "not run"
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
+def whole_percent(share: float) -> str:
+    """A share for a narrow cell, as whole percent; 0 and 100 only where it is exactly that."""
+    if 0 < share < 0.005:
+        return "<1"
+    return ">99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
+
+
 def plot_curves(
     name: str, curves: Curves, x_label: str, y_label: str, ticks: list[str] | None = None, runs: Sequence[str] = ()
 ) -> str:
@@ -164,7 +182,7 @@ def save_grid(grid: Grid[float], path: Path) -> None:
         for column, value in enumerate(values):
             if not math.isnan(value):
                 colour = shade(value).rpartition(":")[2]
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+                axes.text(column, row, percent(value), ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, label="share of silent activations")
     figure.savefig(path, dpi=150)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.report.adapter import Adapter
-from spikelora.report.figures import Curves, by_layer, plot_curves, shade
+from spikelora.report.figures import Curves, by_layer, percent, plot_curves, shade, whole_percent
 from spikelora.report.run import Run
 from spikelora.sparsity.meter import SPARSITY_FILE
 
@@ -127,26 +127,6 @@ def side_by_side(facts: Any) -> dict[str, list[str]]:
     return {label: [column.get(label, "") for column in columns] for label in labels}
 
 
-def percent(share: float) -> str:
-    """A share for a cell of a table; 0 and 100 % only where it is exactly that."""
-    if math.isnan(share):
-        return "not run"
-    if 0 < share < 0.0005:
-        return "<0.1%"
-    if 0.9995 <= share < 1:
-        return ">99.9%"
-    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
-
-
-def whole_percent(share: float) -> str:
-    """A share for a narrow cell, as whole percent; 0 and 100 only where it is exactly that."""
-    if math.isnan(share):
-        return ""
-    if 0 < share < 0.005:
-        return "<1"
-    return ">99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
-
-
 def _range(values: Any) -> str:
     numbers = list(values)
     lowest, highest = min(numbers), max(numbers)
@@ -158,56 +138,43 @@ def _sparsity(name: str, run: Run) -> dict[str, Any]:
     sparsity: Any = run.sparsity
     rates = by_layer(sparsity.firing_rates)
     kinds = {
-        kind: [
-            (row, rates.names[row, kind], rates.values[row, kind]) for row in rates.rows if (row, kind) in rates.names
-        ]
+        kind: [(row, rates.names[row, kind], rates.values[row, kind]) for row, of in rates.names if of == kind]
         for kind in rates.columns
     }
     return {"name": name, "source": sparsity.source, "grid": by_layer(sparsity.modules), "kinds": kinds}
 
 
 def _training_figures(runs: dict[str, Run]) -> list[dict[str, str]]:
-    """SVG and caption of what was logged; text that says what is missing in place of an SVG."""
-    by_kind = [
-        (
-            f"kinds-{number}",
-            "Sparsity by kind of module" + (f", {name}" if len(runs) > 1 else ""),
-            {(kind, name): points for kind, points in run.curves_by_kind().items()},
-            "Share of silent activations in training, over all modules of a kind.",
-            "a SparsityCallback logs",
-        )
-        for number, (name, run) in enumerate(runs.items())
-        if len(runs) == 1 or run.curves_by_kind()
+    """What was logged: the curves of all runs in one figure, those by kind of module in one for each run."""
+    several = tuple(runs) if len(runs) > 1 else ()
+    rectified = "" if several else ", and what it would be at v_threshold = 0, which is mere rectification"
+    what = f"Share of silent activations over all modules{rectified}."
+    held_out = "Loss in training and, as eval_loss, on held-out data."
+    callback = "a SparsityCallback"
+    figures = [
+        _figure("loss", "Loss", _curves(runs, "loss"), "loss", held_out, "the Trainer", several),
+        _figure("sparsity", "Sparsity", _curves(runs, "sparsity"), "sparsity", what, callback, several),
     ]
-    figures = []
-    for name, title, curves, what, remedy in (
-        (
-            "loss",
-            "Loss",
-            _curves(runs, "loss"),
-            "Loss in training and, as eval_loss, on held-out data.",
-            "the Trainer logs",
-        ),
-        (
-            "sparsity",
-            "Sparsity",
-            _curves(runs, "sparsity"),
-            "Share of silent activations over all modules"
-            + (", and what it would be at v_threshold = 0, which is mere rectification." if len(runs) == 1 else "."),
-            "a SparsityCallback logs",
-        ),
-        *by_kind,
-    ):
-        overlaid = list(runs) if len(runs) > 1 and not name.startswith("kinds") else []
-        y_label = "loss" if name == "loss" else "sparsity"
-        svg = plot_curves(name, curves, "step", y_label, runs=overlaid) if curves else ""
-        missing = f"This folder has no such curve: no trainer_state.json in it holds what {remedy}."
-        figures.append({"title": title, "svg": svg, "caption": what, "missing": missing})
+    what = "Share of silent activations in training, over all modules of a kind."
+    for number, (name, run) in enumerate(runs.items()):
+        curves = {(kind, name): points for kind, points in run.curves_by_kind().items()}
+        title = "Sparsity by kind of module" + (f", {name}" if several else "")
+        if curves or not several:
+            figures.append(_figure(f"kinds-{number}", title, curves, "sparsity", what, callback))
     return figures
 
 
+def _figure(
+    name: str, title: str, curves: Curves, y_label: str, caption: str, logs: str, runs: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """SVG and caption, or text that says what is missing in place of an SVG."""
+    svg = plot_curves(name, curves, "step", y_label, runs=runs) if curves else ""
+    missing = f"This folder has no such curve: no trainer_state.json in it holds what {logs} logs."
+    return {"title": title, "svg": svg, "caption": caption, "missing": missing}
+
+
 def _curves(runs: dict[str, Run], name: str) -> Curves:
-    """The curves of all runs by label and run; of several runs without those at a threshold of 0, to tell them apart."""
+    """The curves of all runs by label and run; of several without those at a threshold of 0, to tell the rest apart."""
     return {
         (label, of): points
         for of, run in runs.items()

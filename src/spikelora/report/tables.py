@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from spikelora.report.adapter import Adapter
-from spikelora.report.figures import by_layer
-from spikelora.report.html import percent
+from spikelora.report.figures import by_layer, percent
 from spikelora.report.run import Run
 
 

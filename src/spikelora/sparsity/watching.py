@@ -83,6 +83,8 @@ class SparsityCallback(TrainerCallback):
             log(logs, *args, **kwargs)
             if "loss" in logs and (figures := self._of_training()):
                 self._log(figures, *args, **kwargs)
+            if time.monotonic() - self._wrote_log >= _PAUSE:
+                self._write_log()
 
         trainer.evaluation_loop, trainer.log = metered, followed
 
@@ -101,19 +103,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         self._training.__exit__()
         self._of_training()  # warns of what no log of a loss came to tell
-        self._write_log(args, state)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self._wrote_log >= _PAUSE:
-            self._write_log(args, state)
-
-    def _write_log(self, args: TrainingArguments, state: TrainerState) -> None:
-        """What checkpoints have too, for those who look at the run between them."""
-        if state.is_world_process_zero:
-            with _replacing(Path(args.output_dir, TRAINER_STATE_NAME)) as partial:
-                # What `save_to_json` writes, of values too that are no JSON: no training is to end for its log.
-                partial.write_text(json.dumps(asdict(state), default=str) + "\n")
-        self._wrote_log = time.monotonic()
+        self._write_log()
 
     def on_evaluate(
         self,
@@ -133,6 +123,14 @@ class SparsityCallback(TrainerCallback):
             if state.is_world_process_zero:
                 with _replacing(Path(args.output_dir, SPARSITY_FILE)) as partial:
                     partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+    def _write_log(self) -> None:
+        """What checkpoints have too, for those who look at the run between them."""
+        if self._trainer.is_world_process_zero():
+            with _replacing(Path(self._trainer.args.output_dir, TRAINER_STATE_NAME)) as partial:
+                # What `save_to_json` writes, of values too that are no JSON: no training is to end for its log.
+                partial.write_text(json.dumps(asdict(self._trainer.state), default=str) + "\n")
+        self._wrote_log = time.monotonic()
 
     def _of_training(self) -> dict[str, float]:
         """The figures since they were last asked for, and warnings of what they show."""
