@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
 from spikelora.method.gate import SpikeGate
 from spikelora.report.adapter import read_adapter
-from spikelora.report.figures import by_layer, percent, plot_curves, save_grid, shade, whole_percent
+from spikelora.report.figures import by_layer, percent, plot_curves, plot_grid, shade, whole_percent
 from spikelora.report.html import render, results, run_names, summary, write_report
 from spikelora.report.run import read_run, read_runs
 
@@ -366,9 +366,14 @@ def test_a_run_keeps_its_colour_in_every_figure():
     assert first["colour"] != second["colour"] == again["colour"]
 
 
-def test_the_picture_of_a_grid(tmp_path):
-    save_grid(by_layer({FC1: 0.25, "model.decoder.layers.1.fc2": math.nan}), tmp_path / "grid.png")
-    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+def test_the_picture_of_a_grid_has_a_number_where_a_module_ran():
+    values = {FC1: 0.25, "model.decoder.layers.0.fc2": 1.0, "model.decoder.layers.1.fc2": math.nan}
+    axes = plot_grid(by_layer(values)).axes[0]
+    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((0, 0), "25.0%"), ((1, 0), "100%")]
+    assert [[label.get_text() for label in labels] for labels in (axes.get_xticklabels(), axes.get_yticklabels())] == [
+        ["fc1", "fc2"],
+        ["0", "1"],
+    ]
 
 
 class Page(HTMLParser):

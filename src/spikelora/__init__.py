@@ -5,6 +5,7 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # The first, as it looks at the versions of what the others import.
@@ -15,7 +16,6 @@ from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.registration import register
 from spikelora.peft.trainers import guard_trainers
 from spikelora.peft.tuner import SpikeLoraModel
-from spikelora.report.card import sparsity_section
 from spikelora.sparsity.meter import ModuleSparsity, Sparsity, SparsityMeter, SparsityReport
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ __version__ = "0.1.0"
 
 register()
 guard_trainers()
-card_sections.append(sparsity_section)
 
 
 # Imported when first asked for: training and loading need none of them, and the callbacks bring transformers' Trainer,
@@ -65,6 +64,14 @@ _LATER = {
     "to_lora": "conversion.lora",
 }
 
+
+def _sparsity_section(folder: Path) -> str:
+    from spikelora.report.card import sparsity_section
+
+    return sparsity_section(folder)
+
+
+card_sections.append(_sparsity_section)
 
 if not TYPE_CHECKING:  # a type checker that saw it would take every name for one of ours
 

@@ -86,7 +86,7 @@ def read_adapter(folder: Path, spiking: bool = True) -> Adapter:
     else:
         found = PeftType(config.peft_type).value
         raise SpikeLoraError(
-            f"{folder} holds a {found} adapter, which is neither SpikeLoRA nor LoRA. Compare with the run of another."
+            f"{folder} holds a {found} adapter, which is neither SpikeLoRA nor LoRA. Give the folder of either."
         )
     names = low_rank_names(tensors)
     if not names or any(up not in tensors for _, up in names.values()):

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 from spikelora.errors import SpikeLoraError
-from spikelora.report.figures import by_layer, percent, save_grid
+from spikelora.report.figures import by_layer, percent, plot_grid
 from spikelora.report.run import read_json
 from spikelora.sparsity.meter import SPARSITY_FILE
 
@@ -46,7 +46,7 @@ def sparsity_section(folder: Path) -> str:
         *rows,
     ]
     try:
-        save_grid(grid, folder / PICTURE_FILE)
+        plot_grid(grid).savefig(folder / PICTURE_FILE, dpi=150)
     except ModuleNotFoundError:  # matplotlib, which saving an adapter does not need
         return "\n".join(lines)
     return "\n".join((*lines, "", f"![Share of silent activations by layer and kind of module]({PICTURE_FILE})"))

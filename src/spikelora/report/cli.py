@@ -86,9 +86,9 @@ def report(
     ] = False,
 ) -> None:
     """Show a run's sparsity, training and thresholds, here and in one HTML file that needs nothing else."""
-    from spikelora.report.html import results, run_names, side_by_side, summary, write_report
+    from spikelora.report.html import write_report
     from spikelora.report.run import read_runs
-    from spikelora.report.tables import facts_table, sparsity_table, training_table
+    from spikelora.report.tables import run_tables
     from spikelora.report.watch import watch_runs
 
     if watch:
@@ -97,17 +97,8 @@ def report(
         found = read_runs(runs)
     _writing(write_report, found, output)
     console = _console()
-    names = run_names(found)
-    facts = ((summary(run.adapter) if run.adapter else {}) | results(run) for run in found)
-    console.print(facts_table(", ".join(map(str, runs)), side_by_side(facts), names))
-    for name, run in zip(names, found, strict=True):
-        if len(found) > 1:
-            console.rule(name)
-        for table, missing in (
-            (sparsity_table(run), "This folder has no sparsity by module."),
-            (training_table(run), "This folder has no log of the training."),
-        ):
-            console.print(table or missing)
+    for table in run_tables(found):
+        console.print(table)
     console.print(f"The report is in {output}", soft_wrap=True)
 
 

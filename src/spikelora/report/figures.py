@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from spikelora.report.adapter import natural
 from spikelora.sparsity.meter import places
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Stands for the colour of the page's text, which matplotlib has no name for.
 _TEXT = "#010203"
@@ -167,8 +169,8 @@ def plot_curves(
     )
 
 
-def save_grid(grid: Grid[float], path: Path) -> None:
-    """Save a picture of shares by layer and kind of module, as the report's page has them."""
+def plot_grid(grid: Grid[float]) -> "Figure":
+    """A picture of the sparsity by layer and kind of module, as the report's page has it."""
     from matplotlib.figure import Figure
 
     shares = [[grid.values.get((row, column), math.nan) for column in grid.columns] for row in grid.rows]
@@ -184,7 +186,7 @@ def save_grid(grid: Grid[float], path: Path) -> None:
                 colour = shade(value).rpartition(":")[2]
                 axes.text(column, row, percent(value), ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, label="share of silent activations")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _inline(svg: str, name: str, label: str, data: str) -> str:
