@@ -447,8 +447,12 @@ def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path)
         model = None
 
         def save_model(self, folder):
+            assert json.loads((folder / "sparsity.json").read_text()) == {"sparsity": 0.5}  # which the card shows
             for name in script["ADAPTER_FILES"]:
                 (folder / name).touch()
+
+        def to_dict(self):
+            return {"sparsity": 0.5}
 
         def save_pretrained(self, folder):
             pass
@@ -456,8 +460,9 @@ def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path)
     moved = []
     monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: "")
     monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target.name))
-    script["save"](Saved(), Saved(), {}, script["parse_options"]([]), tmp_path)
-    assert set(moved) == {"adapter_model.safetensors", "README.md", "adapter_config.json"}
+    script["save"](Saved(), Saved(), {}, Saved(), script["parse_options"]([]), tmp_path)
+    pictured = {"sparsity.json", "sparsity.png"}
+    assert set(moved) == {"adapter_model.safetensors", "README.md", "adapter_config.json", *pictured}
     assert moved[-1] == "adapter_config.json"
 
 
