@@ -202,7 +202,8 @@ def save(trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options
     state.wait_for_everyone()
     if state.is_main_process:
         for name in ADAPTER_FILES:
-            os.replace(partial_folder / name, folder / name)
+            if (partial_folder / name).exists():  # there is no picture without matplotlib
+                os.replace(partial_folder / name, folder / name)
         shutil.rmtree(partial_folder)
         tokenizer.save_pretrained(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(options), sort_keys=False))
