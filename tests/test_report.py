@@ -309,13 +309,13 @@ def test_shades_are_those_of_viridis_with_text_that_can_be_read():
 
 
 def test_a_figure_has_ids_of_its_own_and_a_text():
-    svg = plot_curves("one", {("a<b", ""): [(1, 0.5), (2, 0.75)]}, "step", "loss")
+    svg = plot_curves("one", {("a<b $^$", ""): [(1, 0.5), (2, 0.75)]}, "step", "loss")
     ids = re.findall(r'\bid="([^"]*)"', svg)
     references = re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', svg)
     assert ids
     assert all(name.startswith("one-") for name in ids)
     assert {first or second for first, second in references} <= set(ids)
-    assert 'aria-label="loss by step: a&lt;b from 0.5 to 0.75"' in svg
+    assert 'aria-label="loss by step: a&lt;b $^$ from 0.5 to 0.75"' in svg
     assert "currentColor" in svg
     assert "#010203" not in svg
 

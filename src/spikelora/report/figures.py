@@ -116,8 +116,15 @@ def plot_curves(
     labels = list(dict.fromkeys(label for label, _ in curves))
     drawn = []
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT)
-    # Text stays text: it can be searched, and takes the page's font.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "grid.color": _FAINT, **colours}
+    # Text stays text: it can be searched, and takes the page's font; a dollar in a folder's name is no formula.
+    style: Any = {
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 10,
+        "grid.color": _FAINT,
+        **colours,
+    }
     with matplotlib.rc_context(style):
         longest = max(len(label) + (len(run) if runs else 0) for label, run in curves)
         columns = max(1, min(4, 80 // (longest + 10)))  # about 80 letters fit in the width, with line samples
