@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,8 @@ def test_logs_with_each_loss_and_each_evaluation(tmp_path, device):
     assert model.device.type == device.type
     assert evaluation[-1][1]["eval_sparsity"] == pytest.approx(held_out(model, ROWS[:10]).sparsity, abs=1e-6)
     assert any("sparsity" in logs for logs in trainer.state.log_history)
+    left = TrainerState.load_from_json(tmp_path / "trainer_state.json")
+    assert (left.log_history, left.global_step) == (trainer.state.log_history, 10)
 
 
 class WithCompletions(Trainer):
@@ -117,6 +120,28 @@ def test_the_training_logs_cover_every_token_since_the_last(tmp_path, monkeypatc
     assert [r.tokens for r in reports] == [5 * 2 * 4 * 12 * 12] * 2 + [0]
 
 
+def test_the_log_is_left_while_the_training_goes_on(tmp_path, monkeypatch):
+    """At the first loss, with the sparsity behind it, and then as often as the clock says."""
+    clock, seen = iter([0.0, 0.0, 9.0, 11.0, 11.0]), []
+    trainer = make_trainer(tmp_path, spiking(), max_steps=4, logging_steps=1)
+    trainer.add_callback(SparsityCallback(trainer))
+
+    class Looks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step:
+                log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+                seen.append([(entry["step"], "sparsity" in entry) for entry in log])
+
+    trainer.add_callback(Looks())
+    monkeypatch.setattr("spikelora.sparsity.watching.time", SimpleNamespace(monotonic=lambda: next(clock, 11.0)))
+    trainer.train()
+    first = [(1, False), (1, True)]
+    assert seen == [first, first, [*first, (2, False), (2, True), (3, False), (3, True)]]
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert log == trainer.state.log_history
+    assert {path.name for path in tmp_path.iterdir()} == {"trainer_state.json"}
+
+
 def test_evaluate_alone_returns_the_figures(tmp_path):
     trainer = make_trainer(tmp_path, spiking())
     trainer.add_callback(SparsityCallback(trainer))
@@ -135,6 +160,7 @@ def test_an_evaluation_is_left_for_the_report(tmp_path):
     trainer.save_model()
 
     assert json.loads((tmp_path / "run" / "sparsity.json").read_text())["sparsity"] == metrics["eval_sparsity"]
+    assert f"| all | {metrics['eval_sparsity']:.1%} |" in (tmp_path / "run" / "README.md").read_text()
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")])
     assert ended.value.code == 0

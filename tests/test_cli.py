@@ -174,11 +174,92 @@ def test_report_names_an_output_that_cannot_be_written(adapter, tmp_path):
     assert "--output cannot be written" in status("report", adapter, "--output", tmp_path / "file" / "a.html")
 
 
-@pytest.mark.parametrize("name", ["jinja2", "typer"])
-def test_a_missing_library_is_named(adapter, monkeypatch, name):
+def test_report_shows_a_lora_beside_it(adapter, tmp_path, capsys):
+    get_peft_model(tiny_opt(), LoraConfig(r=2, target_modules=["fc1"])).save_pretrained(tmp_path / "lora")
+    assert status("report", adapter, tmp_path / "lora", "--output", tmp_path / "a.html") == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["method", "SPIKELORA", "LORA"] in rows
+    assert ["rank r", "4", "2"] in rows
+    assert "<td>LORA</td>" in (tmp_path / "a.html").read_text()
+
+
+def test_report_watches_a_run(adapter, tmp_path, monkeypatch, capsys):
+    """From an empty folder over half a log to a whole one and a checkpoint that comes and goes."""
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    run.mkdir()
+    state = json.dumps({"global_step": 10, "max_steps": 20, "log_history": [{"step": 10, "loss": 4.5}]})
+    later = json.dumps({"global_step": 20, "max_steps": 20, "log_history": [{"step": 20, "loss": 3.5}]})
+    seen = []
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    happens = iter(
+        [
+            lambda: None,
+            lambda: None,  # said once that there is nothing yet
+            lambda: (run / "trainer_state.json").write_text(state[:30]),
+            lambda: (run / "trainer_state.json").write_text(state),
+            lambda: None,  # nothing new, nothing written
+            lambda: shutil.copytree(adapter, run, dirs_exist_ok=True),
+            lambda: (run / "trainer_state.json").write_text(later[:-9]),
+            lambda: (run / "trainer_state.json").write_text(later),
+            interrupt,
+        ]
+    )
+
+    def sleep(seconds):
+        seen.append(page.read_text() if page.exists() else "")
+        next(happens)()
+
+    monkeypatch.setattr("spikelora.report.watch.time.sleep", sleep)
+    assert status("report", run, "--watch", "--output", page) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.partition(" ")[2] for line in lines[: lines.index(next(line for line in lines if "│" in line)) - 2]]
+    assert said[0].startswith(f"{run} has no adapter_config.json")
+    assert said[1:] == [
+        f"{run}: step 10, loss 4.5000",
+        f"{run}: step 10, loss 4.5000",
+        f"{run}: step 20, loss 3.5000",
+    ]
+    refresh = '<meta http-equiv="refresh"'
+    assert [refresh in text for text in seen] == [False] * 4 + [True] * 5
+    assert ["This run has saved no adapter yet" in text for text in seen] == [False] * 4 + [True] * 2 + [False] * 3
+    assert seen[4] == seen[5] != seen[6] == seen[7] != seen[8]
+    assert refresh not in page.read_text()
+    assert lines[-1] == f"The report is in {page}"
+
+
+def test_watching_what_never_was_a_run_ends_with_1(tmp_path, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spikelora.report.watch.time.sleep", interrupt)
+    assert "has no adapter_config.json" in status("report", tmp_path, "--watch", "--output", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_that_breaks_while_it_is_watched_keeps_its_last_page(adapter, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+
+    def break_off(seconds):
+        (adapter / "adapter_model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spikelora.report.watch.time.sleep", break_off)
+    assert status("report", adapter, "--watch", "--output", page) == 0
+    assert "<td>SPIKELORA</td>" in page.read_text()
+    assert '<meta http-equiv="refresh"' not in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["jinja2", "matplotlib", "typer"])
+def test_a_missing_library_is_named(adapter, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "spikelora.report.cli", raising=False)
-    assert "pip install 'spikelora[report]'" in status("report", adapter)
+    modules = {"base_model.model.model.decoder.layers.0.fc1": 0.25}  # whose colours are matplotlib's
+    (adapter / "metrics.json").write_text(json.dumps({"spikelora": {"sparsity": 0.25, "sparsity_by_module": modules}}))
+    assert "pip install 'spikelora[report]'" in status("report", adapter, "--output", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
 
 
 def thresholds_of(folder):

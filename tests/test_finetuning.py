@@ -94,6 +94,9 @@ def test_the_loss_falls_and_everything_is_saved(finished):
     assert written <= names
     assert yaml.safe_load((folder / "config.yaml").read_text())["learning_rate"] == 1e-2
     assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    assert f"| all | {metrics['spikelora']['sparsity']:.1%} |" in card
+    assert "](sparsity.png)" in card
     for shown in (
         "recipe: paper",
         "perplexity",
@@ -428,7 +431,7 @@ ROW = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
 
 
 def test_only_what_a_finished_run_left_is_cleared(script, tmp_path):
-    left = [*script["ADAPTER_FILES"], "sparsity.png", "sparsity.json", "checkpoint-8/model", "lora/checkpoint-8/model"]
+    left = [*script["ADAPTER_FILES"], "trainer_state.json", "checkpoint-8/model", "lora/checkpoint-8/model"]
     for name in (*left, "notes.txt", "lora/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -444,8 +447,12 @@ def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path)
         model = None
 
         def save_model(self, folder):
+            assert json.loads((folder / "sparsity.json").read_text()) == {"sparsity": 0.5}  # which the card shows
             for name in script["ADAPTER_FILES"]:
                 (folder / name).touch()
+
+        def to_dict(self):
+            return {"sparsity": 0.5}
 
         def save_pretrained(self, folder):
             pass
@@ -453,8 +460,9 @@ def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path)
     moved = []
     monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: "")
     monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target.name))
-    script["save"](Saved(), Saved(), {}, script["parse_options"]([]), tmp_path)
-    assert set(moved) == {"adapter_model.safetensors", "README.md", "adapter_config.json"}
+    script["save"](Saved(), Saved(), {}, Saved(), script["parse_options"]([]), tmp_path)
+    pictured = {"sparsity.json", "sparsity.png"}
+    assert set(moved) == {"adapter_model.safetensors", "README.md", "adapter_config.json", *pictured}
     assert moved[-1] == "adapter_config.json"
 
 

@@ -54,7 +54,7 @@ ROOMS = {
         "watching",
     ],
     "conversion": ["__init__", "moments", "pruning", "lora"],
-    "report": ["__init__", "adapter", "figures", "html", "tables", "text", "cli"],
+    "report": ["__init__", "adapter", "run", "figures", "html", "card", "tables", "text", "watch", "cli"],
     "serving": ["__init__", "gate", "adapters", "changes", "plugin"],
     # The package's face, and the start of the command.
     " ": ["__init__", "__main__"],

@@ -115,7 +115,7 @@ def test_the_example_killed_while_it_saves(tmp_path, monkeypatch):
     save = script["save"]
     monkeypatch.setitem(save.__globals__, "check_reload", lambda *arguments: "")  # has tests of its own, and is slow
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    options = script["Options"]()
+    options, report = script["Options"](), SimpleNamespace(to_dict=dict)
     # As `prepare_folder` sees to, both have the configuration that the folder's run began with.
     models = [trained(tiny_opt(), **TARGETS), trained(tiny_opt(), **TARGETS)]
     with torch.no_grad():
@@ -126,5 +126,7 @@ def test_the_example_killed_while_it_saves(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     trainers = [SimpleNamespace(model=model, save_model=model.save_pretrained) for model in models]
-    for _ in kills([lambda trainer=trainer: save(trainer, tokenizer, {}, options, folder) for trainer in trainers]):
+    for _ in kills(
+        [lambda trainer=trainer: save(trainer, tokenizer, {}, report, options, folder) for trainer in trainers]
+    ):
         assert is_one_of(logits(folder), *expected)

@@ -5,19 +5,24 @@ import math
 import re
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_opt
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
 from spikelora.method.gate import SpikeGate
-from spikelora.report.adapter import read_adapter, read_run
-from spikelora.report.figures import by_layer, plot_curves, shade
-from spikelora.report.html import percent, render, results, summary, write_report
+from spikelora.report.adapter import read_adapter
+from spikelora.report.figures import by_layer, percent, plot_curves, plot_grid, shade, whole_percent
+from spikelora.report.html import render, results, run_names, summary, write_report
+from spikelora.report.run import read_run, read_runs
 
 TOKENS = torch.arange(3, 31).view(2, 14)
 FC1 = "model.decoder.layers.0.fc1"
@@ -64,8 +69,24 @@ def run_folder(model, adapter_folder):
     for step, log in ((10, LOG[:4]), (20, LOG), (3, [])):
         checkpoint = adapter_folder / f"checkpoint-{step}"
         model.save_pretrained(checkpoint)
-        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+        write_state(checkpoint, step, log)
     return adapter_folder
+
+
+def write_state(folder, step, log):
+    state = {"global_step": step, "max_steps": 40, "log_history": log}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+@pytest.fixture
+def lora_folder(tmp_path):
+    """A run of LoRA that has saved its checkpoints alone."""
+    checkpoint = tmp_path / "lora" / "checkpoint-20"
+    get_peft_model(tiny_opt(), LoraConfig(r=2, target_modules=["fc1"])).save_pretrained(checkpoint)
+    write_state(
+        checkpoint, 20, [{"step": 10, "loss": 4.25}, {"step": 20, "loss": 3.75}, {"step": 20, "eval_loss": 3.5}]
+    )
+    return tmp_path / "lora"
 
 
 def test_an_adapter_is_read_from_its_tensors(adapter_folder):
@@ -181,6 +202,25 @@ def test_a_run_that_has_not_ended_is_read_from_its_last_checkpoint(run_folder):
     run = read_run(run_folder)
     assert run.adapter.folder == run_folder / "checkpoint-20"
     assert run.curves("loss")["loss"] == [(10, 4.5), (20, 3.5)]
+    assert results(run)["step"] == "20 of 40"
+    assert results(run)["loss, last logged"] == "3.5000"
+
+
+def test_the_log_that_has_come_farthest_is_read(run_folder):
+    write_state(run_folder, 30, [*LOG, {"step": 30, "loss": 3.25}])
+    assert read_run(run_folder).curves("loss")["loss"][-1] == (30, 3.25)
+    write_state(run_folder, 10, LOG[:4])
+    assert read_run(run_folder).curves("loss")["loss"][-1] == (20, 3.5)
+
+
+def test_a_run_without_an_adapter_yet_shows_its_log(tmp_path):
+    write_state(tmp_path, 10, LOG[:4])
+    page = Page(render(read_runs([tmp_path])))
+    assert "This run has saved no adapter yet." in page.text
+    assert page.figures[0].startswith("loss by step: loss from 4.5 to 4.5")
+    write_state(tmp_path, 0, [])
+    with pytest.raises(SpikeLoraError, match=r"has no adapter_config\.json"):
+        read_run(tmp_path)
 
 
 def test_an_adapter_of_another_name_is_in_a_folder_of_its_own(run_folder):
@@ -210,9 +250,10 @@ def test_a_module_that_did_not_run_is_told_as_such(adapter_folder):
     modules = {FC1: {"sparsity": math.nan, "firing_rates": [math.nan] * 2}}
     report = {"sparsity": math.nan, "zero_threshold_sparsity": math.nan, "modules": modules}
     (adapter_folder / "sparsity.json").write_text(json.dumps(report))
-    page = Page(render(read_run(adapter_folder)))
+    page = Page(render(read_runs([adapter_folder])))
     assert ["0", "not run"] in page.rows
-    assert [FC1, "not run", "not run"] in page.rows
+    assert ["0", "", ""] in page.rows
+    assert f"{FC1} was not run" in page.titles
 
 
 def test_sparsity_from_the_metrics_of_the_example(adapter_folder):
@@ -248,6 +289,13 @@ def test_a_damaged_log_is_named(run_folder):
 
 
 @pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0"), (0.004, "<1"), (0.0051, "1"), (0.616, "62"), (0.996, ">99"), (1.0, "100")]
+)
+def test_whole_percents_are_0_and_100_only_where_exact(share, text):
+    assert whole_percent(share) == text
+
+
+@pytest.mark.parametrize(
     ("share", "text"),
     [(0.0, "0%"), (1e-6, "<0.1%"), (0.5, "50.0%"), (0.99999, ">99.9%"), (1.0, "100%"), (math.nan, "not run")],
 )
@@ -261,20 +309,20 @@ def test_shades_are_those_of_viridis_with_text_that_can_be_read():
 
 
 def test_a_figure_has_ids_of_its_own_and_a_text():
-    svg = plot_curves("one", {"a<b": [(1, 0.5), (2, 0.75)]}, "step", "loss")
+    svg = plot_curves("one", {("a<b $^$", ""): [(1, 0.5), (2, 0.75)]}, "step", "loss")
     ids = re.findall(r'\bid="([^"]*)"', svg)
     references = re.findall(r'url\(#([^)]*)\)|href="#([^"]*)"', svg)
     assert ids
     assert all(name.startswith("one-") for name in ids)
     assert {first or second for first, second in references} <= set(ids)
-    assert 'aria-label="loss by step: a&lt;b from 0.5 to 0.75"' in svg
+    assert 'aria-label="loss by step: a&lt;b $^$ from 0.5 to 0.75"' in svg
     assert "currentColor" in svg
     assert "#010203" not in svg
 
 
 def test_a_legend_of_long_names_is_not_cut_off():
     names = [f"eval_zero_threshold_sparsity_{n}" for n in range(4)]
-    svg = plot_curves("one", {name: [(1, 0.5), (2, 0.75)] for name in names}, "step", "sparsity")
+    svg = plot_curves("one", {(name, ""): [(1, 0.5), (2, 0.75)] for name in names}, "step", "sparsity")
     width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
     starts = [float(x) for x in re.findall(r' x="([\d.-]+)"[^>]*>eval_zero', svg)]
     assert len(starts) == 4
@@ -282,12 +330,58 @@ def test_a_legend_of_long_names_is_not_cut_off():
     assert max(starts) + 5.5 * len(names[0]) < width  # about 5.5 points a letter
 
 
+def curves_of(svg):
+    """What the page's script is given of a figure."""
+    return json.loads(unescape(re.search(r'data-curves="([^"]*)"', svg)[1]))
+
+
+def test_the_script_finds_the_points_where_the_figure_has_them():
+    points = [(10, 4.5), (20, 3.5), (40, 3.25)]
+    svg = plot_curves("one", {("loss", ""): points}, "step", "loss")
+    data = curves_of(svg)
+    (curve,) = data["curves"]
+    assert (curve["label"], curve["points"]) == ("loss", [list(point) for point in points])
+    line = re.search(r'<path d="([^"]*)" clip-path="[^"]*" style="[^"]*stroke: #3b8ed0', svg)[1]
+    drawn = [float(number) for number in re.findall(r"[\d.]+", line)]
+    (x0, dx), (y0, dy) = data["x"], data["y"]
+    found = [number for x, y in points for number in (x0 + x * dx, y0 + y * dy)]
+    assert found == pytest.approx(drawn, abs=1e-3)
+    left, top, right, bottom = data["box"]
+    assert all(left < x < right for x in drawn[::2])
+    assert all(top < y < bottom for y in drawn[1::2])
+
+
+def test_a_loss_that_is_no_number_leaves_a_gap():
+    svg = plot_curves("one", {("loss", ""): [(1, 0.5), (2, math.nan), (3, 0.25)]}, "step", "loss")
+    assert curves_of(svg)["curves"][0]["points"] == [[1, 0.5], [3, 0.25]]
+    assert 'aria-label="loss by step: loss from 0.5 to 0.25"' in svg
+
+
+def test_a_run_keeps_its_colour_in_every_figure():
+    points = [(1, 0.5), (2, 0.75)]
+    both = plot_curves("one", {("loss", "a"): points, ("loss", "b"): points}, "step", "loss", runs=("a", "b"))
+    one = plot_curves("two", {("sparsity", "b"): points}, "step", "sparsity", runs=("a", "b"))
+    (first, second), (again,) = (curves_of(svg)["curves"] for svg in (both, one))
+    assert (first["label"], second["label"], again["label"]) == ("loss, a", "loss, b", "sparsity, b")
+    assert first["colour"] != second["colour"] == again["colour"]
+
+
+def test_the_picture_of_a_grid_has_a_number_where_a_module_ran():
+    values = {FC1: 0.25, "model.decoder.layers.0.fc2": 1.0, "model.decoder.layers.1.fc2": math.nan}
+    axes = plot_grid(by_layer(values)).axes[0]
+    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((0, 0), "25.0%"), ((1, 0), "100%")]
+    assert [[label.get_text() for label in labels] for labels in (axes.get_xticklabels(), axes.get_yticklabels())] == [
+        ["fc1", "fc2"],
+        ["0", "1"],
+    ]
+
+
 class Page(HTMLParser):
-    """The tables of a page as rows of text, what it refers to, and its text."""
+    """The tables of a page as rows of text, what it refers to, its text, and what it shows where it is pointed at."""
 
     def __init__(self, html):
         super().__init__()
-        self.rows, self.references, self.figures, self.text, self._cell = [], [], [], "", None
+        self.rows, self.references, self.figures, self.titles, self.text, self._cell = [], [], [], [], "", None
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -297,6 +391,8 @@ class Page(HTMLParser):
             self.figures.append(attributes["aria-label"])
         if tag == "tr":
             self.rows.append([])
+        if "title" in attributes:
+            self.titles.append(attributes["title"])
         if tag in ("td", "th"):
             self.rows[-1].append("")
             self._cell = tag
@@ -317,7 +413,10 @@ def check_page(html, run):
     for layer in (0, 1):
         values = [sparsity.modules[f"model.decoder.layers.{layer}.fc{k}"] for k in (1, 2)]
         assert [str(layer), *map(percent, values)] in page.rows
-    assert [FC1, *map(percent, sparsity.firing_rates[FC1])] in page.rows
+        assert f"model.decoder.layers.{layer}.fc1: {percent(values[0])} silent" in page.titles
+    rates = sparsity.firing_rates[FC1]
+    assert ["0", *map(whole_percent, rates)] in page.rows
+    assert f"{FC1}, rank 3: {percent(rates[3])}" in page.titles
     assert [FC1, "4", "-0.25", "2", f"{run.adapter.modules[0].norm_A:.4g}", "8"] in page.rows
     assert ["20", "3.5000", "", "0.9000", "", "0.6000"] in page.rows
     assert [figure.partition(":")[0] for figure in page.figures] == [
@@ -333,11 +432,56 @@ def check_page(html, run):
 
 def test_the_page_has_the_values(run_folder):
     run = read_run(run_folder)
-    check_page(render(run), run)
+    check_page(render([run]), run)
+
+
+def test_a_page_shows_runs_beside_each_other(run_folder, lora_folder):
+    runs = read_runs([run_folder, lora_folder])
+    html = render(runs)
+    page = Page(html)
+    assert ["", "adapter", "lora"] in page.rows
+    assert ["method", "SPIKELORA", "LORA"] in page.rows
+    assert ["rank r", "4", "2"] in page.rows
+    assert ["tau", "2", ""] in page.rows
+    assert ["loss, last logged", "3.5000", "3.7500"] in page.rows
+    assert ["held-out loss, SpikeLoRA", "3.2500", ""] in page.rows
+    labels = [curve["label"] for curve in curves_of(html)["curves"]]
+    assert labels == ["loss, adapter", "eval_loss, adapter", "loss, lora", "eval_loss, lora"]
+    assert ["step", *labels, "sparsity, adapter", "eval_sparsity, adapter"] in page.rows
+    assert ["20", "3.5000", "", "3.7500", "3.5000", "0.9000", ""] in page.rows
+    assert [figure.partition(":")[0] for figure in page.figures] == [
+        "loss by step",
+        "sparsity by step",
+        "sparsity by step",
+        "v_threshold by layer",
+    ]
+    assert "This folder has no" not in page.text
+
+
+def test_the_first_run_is_a_spiking_one_and_the_others_may_be_lora(run_folder, lora_folder, tmp_path):
+    with pytest.raises(SpikeLoraError, match="holds a LORA adapter, not a SPIKELORA one"):
+        read_runs([lora_folder, run_folder])
+    config = IA3Config(target_modules=["fc1"], feedforward_modules=[])
+    get_peft_model(tiny_opt(), config).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(SpikeLoraError, match="holds a IA3 adapter, which is neither SpikeLoRA nor LoRA"):
+        read_runs([run_folder, tmp_path / "ia3"])
+    file = lora_folder / "checkpoint-20" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(SpikeLoraError, match=r"adapter_model\.safetensors is damaged"):
+        read_runs([run_folder, lora_folder])
+
+
+def test_runs_of_the_same_name_are_told_apart(adapter_folder, tmp_path):
+    for name in ("first/out", "second/out"):
+        shutil.copytree(adapter_folder, tmp_path / name)
+    runs = read_runs([tmp_path / "first" / "out", tmp_path / "second" / "out"])
+    assert run_names(runs) == [str(Path("first", "out")), str(Path("second", "out"))]
+    assert run_names(runs[:1]) == ["out"]
+    assert run_names([runs[0], runs[0]]) == ["1", "2"]
 
 
 def test_a_page_of_an_adapter_alone_says_what_is_missing(adapter_folder):
-    page = Page(render(read_run(adapter_folder)))
+    page = Page(render(read_runs([adapter_folder])))
     assert page.text.count("This folder has no") == 5
     assert "an adapter alone, without results of a run" in page.text
     assert [figure.partition(":")[0] for figure in page.figures] == ["v_threshold by layer"]
@@ -345,14 +489,14 @@ def test_a_page_of_an_adapter_alone_says_what_is_missing(adapter_folder):
 
 def test_equal_thresholds_are_told_in_words(tmp_path):
     get_peft_model(tiny_opt(), SpikeLoraConfig(v_threshold=0.3, target_modules=["fc1"])).save_pretrained(tmp_path)
-    page = Page(render(read_run(tmp_path)))
+    page = Page(render(read_runs([tmp_path])))
     assert "All 2 modules have v_threshold 0.3." in page.text
     assert page.figures == []
 
 
 def test_a_report_that_fails_leaves_the_old_one(adapter_folder, tmp_path, monkeypatch):
     output = tmp_path / "new" / "report.html"
-    write_report(read_run(adapter_folder), output)
+    write_report(read_runs([adapter_folder]), output)
     before = output.read_text()
 
     def fail(*arguments):
@@ -360,7 +504,7 @@ def test_a_report_that_fails_leaves_the_old_one(adapter_folder, tmp_path, monkey
 
     monkeypatch.setattr("spikelora.report.html.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_report(read_run(adapter_folder), output)
+        write_report(read_runs([adapter_folder]), output)
     assert [path.name for path in output.parent.iterdir()] == ["report.html"]
     assert output.read_text() == before
 
@@ -380,14 +524,42 @@ def browse(page, tmp_path):
 def test_a_browser_shows_the_page_and_asks_for_nothing(run_folder, tmp_path):
     run = read_run(run_folder)
     output = tmp_path / "report.html"
-    write_report(run, output)
+    write_report([run], output)
     dom, messages = browse(output, tmp_path)
     check_page(dom, run)
     assert messages == []
 
 
-def test_the_page_forbids_its_browser_to_ask_for_anything(run_folder, tmp_path):
+@pytest.mark.parametrize(
+    "foreign", ['<img src="https://127.0.0.1:9/x.png">', '<script>document.title = "mine"</script>']
+)
+def test_the_page_forbids_its_browser_to_ask_for_or_run_anything_else(run_folder, tmp_path, foreign):
     output = tmp_path / "report.html"
-    output.write_text(render(read_run(run_folder)).replace("<main>", '<main><img src="https://127.0.0.1:9/x.png">'))
-    (message,) = browse(output, tmp_path)[1]
+    output.write_text(render(read_runs([run_folder])).replace("<main>", f"<main>{foreign}"))
+    dom, (message,) = browse(output, tmp_path)
     assert "Content Security Policy" in message
+    assert "<title>mine" not in dom
+
+
+def test_the_page_allows_its_own_script_alone(adapter_folder):
+    html = render(read_runs([adapter_folder]))
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert f"script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" in html
+
+
+def test_a_pointer_over_a_curve_shows_the_step_and_the_values(run_folder, tmp_path):
+    point = """<script>
+const svg = document.querySelector("svg[data-curves]"), { x: [x0, dx] } = JSON.parse(svg.dataset.curves);
+const { x, y } = new DOMPoint(x0 + 19 * dx, 50).matrixTransform(svg.getScreenCTM());
+svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y }));
+document.title = svg.parentElement.querySelector("output").innerText;
+svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
+</script></body>"""
+    output = tmp_path / "report.html"
+    html = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", render(read_runs([run_folder])))
+    output.write_text(html.replace("</body>", point))
+    dom, messages = browse(output, tmp_path)
+    assert messages == []
+    assert re.search(r"<title>step 20\s+loss 3.5</title>", dom)
+    shown = re.search(r"<output[^>]*>(.*?)</output>", dom)[1]
+    assert re.sub(r"<[^>]*>", " ", shown).split() == ["step", "10", "loss", "4.5", "eval_loss", "4.25"]

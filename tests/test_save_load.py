@@ -18,7 +18,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spikelora import SpikeLoraConfig, SpikeLoraError
+from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
 from spikelora.method.gate import SpikeGate
 
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -159,6 +159,56 @@ def test_a_card_that_was_there_is_kept(tmp_path):
     assert card.read_text().split() == once.split()
 
 
+@pytest.fixture
+def measured(tmp_path):
+    """An adapter's folder with what it measured, as a run leaves it before it saves the adapter, and what that says."""
+    model = trained(tiny_opt())
+    with SparsityMeter(model) as meter:
+        model(TOKENS)
+    report = meter.report()
+    (tmp_path / "sparsity.json").write_text(json.dumps(report.to_dict()))
+    model.save_pretrained(tmp_path)
+    return tmp_path, report, model
+
+
+def test_the_card_shows_the_sparsity_and_a_picture(measured):
+    folder, report, model = measured
+    card = (folder / "README.md").read_text()
+    for name, shares in {"all": report, **report.kinds}.items():
+        assert f"| {name} | {shares.sparsity:.1%} | {shares.zero_threshold_sparsity:.1%} |" in card
+    assert "](sparsity.png)" in card
+    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text().split() == card.split()
+    (folder / "sparsity.json").unlink()
+    model.save_pretrained(folder)
+    assert "### Sparsity" not in (folder / "README.md").read_text()
+    assert "import spikelora" in (folder / "README.md").read_text()
+
+
+def test_the_card_has_a_table_alone_without_matplotlib(measured, tmp_path, monkeypatch):
+    folder, report, model = measured
+    (folder / "README.md").unlink()
+    (folder / "sparsity.png").unlink()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    model.save_pretrained(folder)
+    card = (folder / "README.md").read_text()
+    assert f"| all | {report.sparsity:.1%} |" in card
+    assert "sparsity.png" not in card
+    assert not (folder / "sparsity.png").exists()
+
+
+@pytest.mark.parametrize("content", ["{", '{"sparsity": 0.5}', '{"kinds": {"fc1": 3}}', '{"kinds": 1}'])
+def test_an_adapter_is_saved_beside_a_sparsity_that_cannot_be_read(measured, content):
+    folder, _, model = measured
+    (folder / "sparsity.json").write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"says nothing of the sparsity, as sparsity\.json cannot be read"):
+        model.save_pretrained(folder)
+    assert "### Sparsity" not in (folder / "README.md").read_text()
+
+
 def test_the_card_of_an_adapter_by_another_name(opt, tmp_path):
     model = get_peft_model(opt, SpikeLoraConfig(target_modules=["fc1"]), "mine")
     model.save_pretrained(tmp_path)
@@ -197,7 +247,7 @@ def test_a_shard_that_was_not_gathered_is_said(opt, tmp_path):
 def test_a_file_in_bfloat16_loads_with_gates_in_float32(saved, low_cpu_mem_usage):
     edit(saved[0], lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": False}
-    rounded = r"12 of them, such as `.*lora_gate\.v_threshold`, which is -?0\.\d{6,} and was probably -?0\.\d"
+    rounded = r"12 numbers of neurons .*, such as `.*lora_gate\.v_threshold`, which is -?0\.\d{6,} and was probably -?0\.\d"
     with pytest.warns(RuntimeWarning, match=rounded):
         model = PeftModel.from_pretrained(tiny_opt().bfloat16(), saved[0], **options)
     dtypes = {("lora_gate" in name, p.dtype) for name, p in model.state_dict().items() if "lora_" in name}

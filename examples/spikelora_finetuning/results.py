@@ -1,14 +1,11 @@
-"""What a run of `spikelora_finetuning.py` has reached: figures, tables and pictures."""
+"""What a run of `spikelora_finetuning.py` has reached: figures and tables."""
 
 import math
-import re
 import resource
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
-import matplotlib
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -20,9 +17,6 @@ from tqdm.auto import tqdm
 
 from options import Options
 from spikelora import Ledger, SparsityMeter, SpikeLoraConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 console = Console()
 
@@ -67,30 +61,6 @@ def warn_of_silence(figures: dict, when: str) -> None:
             f"nothing while they are silent: {', '.join(silent[:4])}{', ...' if len(silent) > 4 else ''}. Lower "
             "--v_threshold."
         )
-
-
-def plot_sparsity(modules: dict[str, float], path: Path) -> None:
-    """A heat map of the sparsity: layers by kinds of module."""
-    cells = {}
-    for name, sparsity in modules.items():
-        layer = re.search(r"\.(\d+)\.", name)
-        cells[int(layer[1]) if layer else -1, name.rpartition(".")[2]] = sparsity
-    layers, kinds = sorted({layer for layer, _ in cells}), list(dict.fromkeys(kind for _, kind in cells))
-    grid = [[cells.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
-    figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(kinds), 1.5 + 0.45 * len(layers)), layout="constrained")
-    image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
-    axes.set_yticks(range(len(layers)), ["other" if layer < 0 else layer for layer in layers])
-    axes.set_ylabel("layer")
-    axes.set_title("Sparsity on the held-out text")
-    for row, values in enumerate(grid):
-        for column, value in enumerate(values):
-            if not math.isnan(value):
-                colour = "black" if value > 0.6 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    figure.colorbar(image, label="share of silent activations")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def peak_memory() -> float:

@@ -7,7 +7,8 @@ from pathlib import Path
 from options import Options
 from spikelora import SpikeLoraConfig
 
-ADAPTER_FILES = ("adapter_model.safetensors", "README.md", "adapter_config.json")  # the last makes it loadable
+# As they are moved into place; the last makes the adapter loadable.
+ADAPTER_FILES = ("sparsity.json", "sparsity.png", "adapter_model.safetensors", "README.md", "adapter_config.json")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -53,7 +54,7 @@ def clear_results(folder: Path) -> None:
     """Remove the results of a finished run, beginning with the file that makes its adapter loadable."""
     if not (folder / "metrics.json").exists():
         return
-    for name in (*ADAPTER_FILES[::-1], "sparsity.png", "sparsity.json"):
+    for name in (*ADAPTER_FILES[::-1], "trainer_state.json"):
         (folder / name).unlink(missing_ok=True)
     for checkpoint in (*folder.glob("checkpoint-*"), *folder.glob("lora/checkpoint-*")):
         shutil.rmtree(checkpoint)

@@ -34,9 +34,16 @@ from transformers import (
 )
 
 from options import Options, parse_options, targets
-from results import as_lora, measure, peak_memory, plot_sparsity, show, warn_of_silence
+from results import as_lora, measure, peak_memory, show, warn_of_silence
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder
-from spikelora import SparsityCallback, SparsityControlCallback, SpikeLoraConfig, SpikeLoraError, operations
+from spikelora import (
+    SparsityCallback,
+    SparsityControlCallback,
+    SparsityReport,
+    SpikeLoraConfig,
+    SpikeLoraError,
+    operations,
+)
 from texts import load_rows, load_tokenizer, split, tokenize
 
 
@@ -181,7 +188,7 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     return trainer, before, after | trained | adapter
 
 
-def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path) -> str:
+def save(trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options: Options, folder: Path) -> str:
     """Save to a temporary folder, load back, then move, the configuration last: nothing half-written can be loaded."""
     state, partial_folder = PartialState(), folder / ".partial"
     if state.is_main_process:
@@ -189,13 +196,16 @@ def save(trainer: Trainer, tokenizer, row: dict, options: Options, folder: Path)
         partial_folder.mkdir()
         if (folder / "README.md").exists():  # PEFT adds to a card that is there
             shutil.copy(folder / "README.md", partial_folder)
+        # The card shows it, and a picture that is drawn of it.
+        (partial_folder / "sparsity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     trainer.save_model(partial_folder)  # gathers what is sharded, and writes in the first process
     state.wait_for_everyone()
     generation = check_reload(trainer.model, tokenizer, row, options, partial_folder)
     state.wait_for_everyone()
     if state.is_main_process:
         for name in ADAPTER_FILES:
-            os.replace(partial_folder / name, folder / name)
+            if (partial_folder / name).exists():  # there is no picture without matplotlib
+                os.replace(partial_folder / name, folder / name)
         shutil.rmtree(partial_folder)
         tokenizer.save_pretrained(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(options), sort_keys=False))
@@ -244,9 +254,9 @@ def main() -> None:
         clear_results(folder)
     state.wait_for_everyone()
     trainer, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
-    generation = save(trainer, tokenizer, val_rows[0], options, folder)
     before.pop("report")
     report = after.pop("report")
+    generation = save(trainer, tokenizer, val_rows[0], report, options, folder)
     ledger = operations(trainer.model, report)
     after["operations"] = ledger.effective.macs
     metrics = {"recipe": options.recipe, "before": before, "spikelora": after, "reloaded_logits_identical": True}
@@ -259,8 +269,6 @@ def main() -> None:
         metrics["lora"] = lora
     if not state.is_main_process:
         return
-    plot_sparsity(after["sparsity_by_module"], folder / "sparsity.png")
-    (folder / "sparsity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
     show(metrics)

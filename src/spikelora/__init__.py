@@ -5,11 +5,13 @@ trainers of transformers and TRL take a `SpikeLoraConfig` like any other configu
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # First, because it checks the versions of what the others import.
 from spikelora.peft import versions as _versions  # noqa: F401  # isort: skip
 from spikelora.errors import SpikeLoraError
+from spikelora.peft.adapter_files import card_sections
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.registration import register
 from spikelora.peft.trainers import guard_trainers
@@ -62,6 +64,14 @@ _LATER = {
     "to_lora": "conversion.lora",
 }
 
+
+def _sparsity_section(folder: Path) -> str:
+    from spikelora.report.card import sparsity_section
+
+    return sparsity_section(folder)
+
+
+card_sections.append(_sparsity_section)
 
 if not TYPE_CHECKING:  # a type checker that saw it would accept every name
 

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -38,6 +38,11 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 """
 
 
+# What the rooms above this one add to a card: Markdown about its folder, empty where there is nothing to say.
+card_sections: list[Callable[[Path], str]] = []
+_ADDED = re.compile(r"\n*<!-- spikelora: .*?<!-- spikelora: end -->", re.DOTALL)
+
+
 def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
     """The weights in a local adapter folder; empty if there is no file and none is needed.
 
@@ -47,7 +52,7 @@ def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
     refuse_pickle(folder)
     file = folder / SAFETENSORS_WEIGHTS_NAME
     if file.exists():
-        tensors = _read(file)
+        tensors = read_weights(file)
         check_tensors(tensors)
         return tensors
     if needed:
@@ -77,7 +82,8 @@ def holds_gates(folder: Path) -> bool:
         return False
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors in a file; a `SpikeLoraError` where it cannot be read."""
     try:
         return load_file(file)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
@@ -163,7 +169,7 @@ def low_rank_names(tensors: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def say_how_to_load(folder: Path) -> None:
-    """Add to the model card in the folder, if there is one, what to install and import."""
+    """Add to the model card in the folder, if there is one, what to install and import, and `card_sections`."""
     card_file = folder / "README.md"
     if not card_file.exists():
         return
@@ -171,4 +177,7 @@ def say_how_to_load(folder: Path) -> None:
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "spikelora"})
     if _CARD_HEADING not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{_CARD_TEXT}"
+    card.text = _ADDED.sub("", card.text)  # of an earlier save
+    for text in filter(None, (section(folder) for section in card_sections)):
+        card.text += f"\n\n<!-- spikelora: written at each save -->\n{text}\n<!-- spikelora: end -->"
     card.save(card_file)

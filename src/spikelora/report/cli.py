@@ -62,35 +62,43 @@ def inspect(adapter: _AdapterFolder) -> None:
 
     found = read_adapter(adapter)
     console = _console()
-    console.print(facts_table(str(adapter), summary(found)))
+    console.print(facts_table(str(adapter), {label: [text] for label, text in summary(found).items()}))
     console.print(modules_table(found))
     console.print("The adapter is sound.")
 
 
-@app.command(epilog="Example: spikelora report outputs/spikelora --output report.html")
+@app.command(epilog="Example: spikelora report outputs/spikelora outputs/spikelora/lora --output report.html")
 def report(
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN_OR_ADAPTER", exists=True, file_okay=False, help="Folder of a run or an adapter."),
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER...",
+            exists=True,
+            file_okay=False,
+            help="Folder of a run or an adapter; behind it those to compare it with, which may be of LoRA.",
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", dir_okay=False, help="HTML file to write; one that is there is replaced.")
     ] = Path("report.html"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again whenever a run has written something, until Ctrl-C.")
+    ] = False,
 ) -> None:
     """Show a run's sparsity, training and thresholds, here and in one HTML file that needs nothing else."""
-    from spikelora.report.adapter import read_run
-    from spikelora.report.html import results, summary, write_report
-    from spikelora.report.tables import facts_table, sparsity_table, training_table
+    from spikelora.report.html import write_report
+    from spikelora.report.run import read_runs
+    from spikelora.report.tables import run_tables
+    from spikelora.report.watch import watch_runs
 
-    found = read_run(run)
+    if watch:
+        found = watch_runs(runs, lambda found: _writing(write_report, found, output, True), typer.echo)
+    else:
+        found = read_runs(runs)
     _writing(write_report, found, output)
     console = _console()
-    console.print(facts_table(str(run), summary(found.adapter) | results(found)))
-    for table, missing in (
-        (sparsity_table(found), "This folder has no sparsity by module."),
-        (training_table(found), "This folder has no log of the training."),
-    ):
-        console.print(table or missing)
+    for table in run_tables(found):
+        console.print(table)
     console.print(f"The report is in {output}", soft_wrap=True)
 
 

@@ -1,16 +1,20 @@
 """The figures of a report: grids by layer and kind of module, and curves as SVG that follows the page's colours."""
 
 import io
+import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import cycle
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from spikelora.report.adapter import natural
 from spikelora.sparsity.meter import places
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Placeholder for the colour of the page's text, for which matplotlib has no name.
 _TEXT = "#010203"
@@ -18,26 +22,32 @@ _FAINT = "#010204"
 # Each has a contrast of 3 or more with the light and the dark page.
 _COLOURS = ("#3b8ed0", "#d9702b", "#3a9a49", "#b565c9", "#b08900", "#d64550")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", ":", "-.")
+_MARKED = 24  # points of a curve that get a shape
+_DPI = 72  # an SVG's unit is then a point
 
-Curves = Mapping[str, Sequence[tuple[float, float]]]
+Curves = Mapping[tuple[str, str], Sequence[tuple[float, float]]]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Generic[Value]):
     """Values of modules, laid out by layer and by the module's place in it.
 
     Attributes:
         rows: labels of the layers, in order.
         columns: labels of the modules in a layer, in order.
         values: by row and column; a place without a module has no value.
+        names: full names of the modules, by row and column.
     """
 
     rows: list[str]
     columns: list[str]
-    values: dict[tuple[str, str], float]
+    values: dict[tuple[str, str], Value]
+    names: dict[tuple[str, str], str]
 
 
-def by_layer(values: Mapping[str, float]) -> Grid:
+def by_layer(values: Mapping[str, Value]) -> Grid[Value]:
     """Lay out values of modules by layer and kind; kinds that a layer has twice get their full name."""
     where = places(sorted(values, key=natural))
     counted = Counter(where.values())
@@ -49,11 +59,12 @@ def by_layer(values: Mapping[str, float]) -> Grid:
             return "outside the layers"
         return layer.rpartition(".")[2] if len(stacks) == 1 else layer
 
-    cells = {
-        (row(layer), name[len(layer) :].lstrip(".") if kind in twice else kind): values[name]
+    names = {
+        (row(layer), name[len(layer) :].lstrip(".") if kind in twice else kind): name
         for name, (layer, kind) in where.items()
     }
-    return Grid(list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells)
+    cells = {place: values[name] for place, name in names.items()}
+    return Grid(list(dict.fromkeys(r for r, _ in cells)), list(dict.fromkeys(c for _, c in cells)), cells, names)
 
 
 def shade(share: float) -> str:
@@ -67,29 +78,74 @@ def shade(share: float) -> str:
     return f"background:{to_hex(colour)};color:{'#000' if is_light else '#fff'}"
 
 
-def plot_curves(name: str, curves: Curves, x_label: str, y_label: str, ticks: list[str] | None = None) -> str:
-    """An SVG of curves, each marked by a colour and a shape.
+def percent(share: float) -> str:
+    """A share for a cell of a table; 0 and 100 % only where it is exactly that."""
+    if math.isnan(share):
+        return "not run"
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{share:.0%}" if share in (0, 1) else f"{share:.1%}"
+
+
+def whole_percent(share: float) -> str:
+    """A share for a narrow cell, as whole percent; 0 and 100 only where it is exactly that."""
+    if 0 < share < 0.005:
+        return "<1"
+    return ">99" if 0.995 <= share < 1 else f"{100 * share:.0f}"
+
+
+def plot_curves(
+    name: str, curves: Curves, x_label: str, y_label: str, ticks: list[str] | None = None, runs: Sequence[str] = ()
+) -> str:
+    """An SVG of curves, each marked by a colour and a shape, with the numbers of `data-curves` for the page's script.
 
     Args:
         name: prefix of the ids in it, unlike that of the other figures on the page.
-        curves: by label, points `(x, y)`.
+        curves: by label and run, points `(x, y)`.
         x_label: what x is.
         y_label: what y is.
         ticks: labels of x = 0, 1, 2, ...; by default its numbers.
+        runs: all runs of the page, where it has several: a colour then stands for a run, and else for a label.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    labels = list(dict.fromkeys(label for label, _ in curves))
+    drawn = []
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT)
-    # Text stays text: it can be searched, and takes the page's font.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "grid.color": _FAINT, **colours}
+    # Text stays text: it can be searched, and takes the page's font; a dollar in a folder's name is no formula.
+    style: Any = {
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 10,
+        "grid.color": _FAINT,
+        **colours,
+    }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+        longest = max(len(label) + (len(run) if runs else 0) for label, run in curves)
+        columns = max(1, min(4, 80 // (longest + 10)))  # about 80 letters fit in the width, with line samples
+        figure = Figure(figsize=(7.2, 3.6 + 0.2 * (len(curves) // columns)), dpi=_DPI, layout="constrained")
         axes = figure.subplots()
-        for (label, points), colour, marker in zip(curves.items(), cycle(_COLOURS), cycle(_MARKERS)):
-            xs, ys = zip(*points, strict=True)
-            axes.plot(xs, ys, label=label, color=colour, marker=marker, markersize=4, linewidth=1.6)
+        for (label, run), points in curves.items():
+            shape = labels.index(label)
+            colour = _COLOURS[(runs.index(run) if runs else shape) % len(_COLOURS)]
+            text = f"{label}, {run}" if runs else label
+            axes.plot(
+                *zip(*points, strict=True),
+                label=text,
+                color=colour,
+                linestyle=_LINES[shape % len(_LINES)] if runs else "-",
+                linewidth=1.6,
+                marker=_MARKERS[shape % len(_MARKERS)],
+                markersize=4,
+                markevery=-(-len(points) // _MARKED),
+            )
+            numbers = [(x, float(f"{y:.5g}")) for x, y in points if math.isfinite(y)]
+            drawn.append({"label": text, "colour": colour, "points": numbers})
         axes.set(xlabel=x_label, ylabel=y_label)
         if ticks is None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -98,23 +154,57 @@ def plot_curves(name: str, curves: Curves, x_label: str, y_label: str, ticks: li
             axes.set_xticks(range(0, len(ticks), step), ticks[::step])
         axes.grid(linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        columns = 80 // (max(map(len, curves)) + 8)  # about 80 letters fit in the width, line samples among them
-        figure.legend(loc="outside lower center", frameon=False, ncols=max(1, min(4, columns)))
+        figure.legend(loc="outside lower center", frameon=False, ncols=columns)
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
-    return _inline(file.getvalue(), name, f"{y_label} by {x_label}: {_in_words(curves)}")
+    # Where the figure was laid out: in points from the lower left, as the SVG has them from the upper left.
+    (left, low), (right, high) = axes.bbox.get_points()
+    (zero_x, zero_y), (one_x, one_y) = axes.transData.transform([(0, 0), (1, 1)])
+    height = figure.bbox.height
+    data = {
+        "box": [left, height - high, right, height - low],
+        "x": [zero_x, one_x - zero_x],
+        "y": [height - zero_y, zero_y - one_y],
+        "x_label": x_label,
+        "ticks": ticks,
+        "curves": drawn,
+    }
+    return _inline(
+        file.getvalue(), name, f"{y_label} by {x_label}: {_in_words(drawn)}", json.dumps(data, separators=(",", ":"))
+    )
 
 
-def _inline(svg: str, name: str, label: str) -> str:
+def plot_grid(grid: Grid[float]) -> "Figure":
+    """A picture of the sparsity by layer and kind of module, as the report's page has it."""
+    from matplotlib.figure import Figure
+
+    shares = [[grid.values.get((row, column), math.nan) for column in grid.columns] for row in grid.rows]
+    figure = Figure(figsize=(1.5 + 0.9 * len(grid.columns), 1.5 + 0.45 * len(grid.rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(grid.columns)), grid.columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(grid.rows)), grid.rows)
+    axes.set(ylabel="layer", title="Sparsity by layer and kind of module")
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            if not math.isnan(value):
+                colour = shade(value).rpartition(":")[2]
+                axes.text(column, row, percent(value), ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="share of silent activations")
+    return figure
+
+
+def _inline(svg: str, name: str, label: str, data: str) -> str:
     """Matplotlib's SVG file as an element of a page: without prologue, with own ids, the page's colours and a label."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = svg.replace(_TEXT, "currentColor").replace(_FAINT, "var(--line)")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}" data-curves="{escape(data)}"', 1)
 
 
-def _in_words(curves: Curves) -> str:
-    return "; ".join(f"{label} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for label, points in curves.items())
+def _in_words(drawn: list[dict[str, Any]]) -> str:
+    ends = ((curve["label"], *curve["points"][:1], *curve["points"][-1:]) for curve in drawn if curve["points"])
+    return "; ".join(f"{label} from {first:.4g} to {last:.4g}" for label, (_, first), (_, last) in ends)

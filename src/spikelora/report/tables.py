@@ -1,21 +1,24 @@
 """The tables that the command prints."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+from rich.rule import Rule
 from rich.table import Table
 
-from spikelora.report.adapter import Adapter, Run
-from spikelora.report.figures import by_layer
-from spikelora.report.html import percent
+from spikelora.report.adapter import Adapter
+from spikelora.report.figures import by_layer, percent
+from spikelora.report.html import results, run_names, side_by_side, summary
+from spikelora.report.run import MeasuredSparsity, Run
 
 
-def facts_table(title: str, facts: Mapping[str, str]) -> Table:
-    """Labels and text, in two columns."""
-    table = Table(title=title, show_header=False)
+def facts_table(title: str, facts: Mapping[str, Sequence[str]], names: Sequence[str] = ("",)) -> Table:
+    """Labels and, by column, the text of each of what is named."""
+    table = Table(title=title, show_header=len(names) > 1)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in facts.items():
-        table.add_row(label, value)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for label, values in facts.items():
+        table.add_row(label, *values)
     return table
 
 
@@ -29,23 +32,31 @@ def modules_table(adapter: Adapter) -> Table:
     return table
 
 
-def sparsity_table(run: Run) -> Table | None:
-    """Layers by kinds of module; None if the folder has no sparsity."""
-    if not run.sparsity:
-        return None
-    grid = by_layer(run.sparsity.modules)
-    table = _table(f"Sparsity, from {run.sparsity.source}", "layer", *grid.columns)
+def run_tables(runs: Sequence[Run]) -> Iterator[Table | Rule | str]:
+    """What a run's folder says, beside others or alone; a line in place of each table that it has nothing for."""
+    names = run_names(runs)
+    facts = ((summary(run.adapter) if run.adapter else {}) | results(run) for run in runs)
+    yield facts_table(", ".join(str(run.folder) for run in runs), side_by_side(facts), names)
+    for name, run in zip(names, runs, strict=True):
+        if len(runs) > 1:
+            yield Rule(name)
+        yield _sparsity_table(run.sparsity) if run.sparsity else "This folder has no sparsity by module."
+        curves = run.curves("loss") | run.curves("sparsity")
+        yield _training_table(curves) if curves else "This folder has no log of the training."
+
+
+def _sparsity_table(sparsity: MeasuredSparsity) -> Table:
+    """Layers by kinds of module."""
+    grid = by_layer(sparsity.modules)
+    table = _table(f"Sparsity, from {sparsity.source}", "layer", *grid.columns)
     for row in grid.rows:
         cells = (grid.values.get((row, column)) for column in grid.columns)
         table.add_row(row, *("" if value is None else percent(value) for value in cells))
     return table
 
 
-def training_table(run: Run) -> Table | None:
-    """First and last value of what was logged; None if nothing was."""
-    curves = run.curves("loss") | run.curves("sparsity")
-    if not curves:
-        return None
+def _training_table(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Table:
+    """First and last value of what was logged."""
     table = _table("Training", "", "first", "at step", "last", "at step")
     for label, points in curves.items():
         (first_step, first), (last_step, last) = points[0], points[-1]

@@ -2,13 +2,19 @@
 
 import functools
 import json
+import math
 import os
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from spikelora.errors import SpikeLoraError
 from spikelora.method.sharding import whole
@@ -18,6 +24,7 @@ from spikelora.sparsity.observe import gates, refuse_data_parallel
 
 _COLLAPSE = 0.999  # overall silence that is warned of
 _NAMED = 8  # modules in one warning
+_PAUSE = 10.0  # seconds between two writings of the log, which grows
 _REMEDY = (
     "Lower `v_threshold`, set it by `calibrate_thresholds(model, batches, target_sparsity=...)` before the training, "
     "or hold the sparsity by `target_sparsity` and a `SparsityControlCallback`."
@@ -34,7 +41,8 @@ class SparsityCallback(TrainerCallback):
     each evaluation it logs the same over the whole evaluation set, as `eval_sparsity` and so on. These are also in the
     metrics that `evaluate()` returns; a search for hyperparameters that adds up all metrics then needs an objective of
     its own. The evaluation by module and rank is left as `sparsity.json` in the trainer's `output_dir`, for
-    `spikelora report`. It warns of modules that cannot learn, because they never fired and their B is still 0, and of a
+    `spikelora report`. So is the Trainer's own log, as `trainer_state.json`, at most every ten seconds and when the
+    training ends. It warns of modules that cannot learn, because they never fired and their B is still 0, and of a
     model that has fallen silent. It does not warn of adapters that a `SparsityControlCallback` holds at a
     `target_sparsity`.
 
@@ -57,6 +65,7 @@ class SparsityCallback(TrainerCallback):
         self._training = self._evaluation = _meter(self._model)
         self._fired: set[str] = set()
         self._warned: set[str] = set()
+        self._wrote_log = -math.inf
         # No event announces an evaluation, so the meter is put around the method that runs it. What a callback adds to
         # logs comes too late for earlier reporters, and what it logs at the next event misses the checkpoint of this
         # step. So a second log follows the loss's, after TRL's trainers have emptied theirs.
@@ -75,6 +84,8 @@ class SparsityCallback(TrainerCallback):
             log(logs, *args, **kwargs)
             if "loss" in logs and (figures := self._of_training()):
                 self._log(figures, *args, **kwargs)
+            if time.monotonic() - self._wrote_log >= _PAUSE:
+                self._write_log()
 
         trainer.evaluation_loop, trainer.log = metered, followed
 
@@ -93,6 +104,7 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         self._training.__exit__()
         self._of_training()  # warn of what came after the last log of a loss
+        self._write_log()
 
     def on_evaluate(
         self,
@@ -110,11 +122,16 @@ class SparsityCallback(TrainerCallback):
             metrics.update(figures)
             self._log(figures)
             if state.is_world_process_zero:
-                folder = Path(args.output_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-                partial = folder / f".{SPARSITY_FILE}.partial"
-                partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-                os.replace(partial, folder / SPARSITY_FILE)
+                with _replacing(Path(args.output_dir, SPARSITY_FILE)) as partial:
+                    partial.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+    def _write_log(self) -> None:
+        """What checkpoints have too, for those who look at the run between them."""
+        if self._trainer.is_world_process_zero():
+            with _replacing(Path(self._trainer.args.output_dir, TRAINER_STATE_NAME)) as partial:
+                # What `save_to_json` writes, of values too that are no JSON: no training is to end for its log.
+                partial.write_text(json.dumps(asdict(self._trainer.state), default=str) + "\n")
+        self._wrote_log = time.monotonic()
 
     def _of_training(self) -> dict[str, float]:
         """The figures since the last call, and warnings of what they show."""
@@ -162,6 +179,15 @@ class SparsityCallback(TrainerCallback):
 def _meter(model: nn.Module, training: bool | None = None) -> SparsityMeter:
     """A meter of the adapters that are active now: a reference policy, for example, is left out."""
     return SparsityMeter(model, training, {gated.adapter for gated in gates(model) if gated.is_active})
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A place to write to, which takes the file's when it is whole: another process may read it at any time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    yield partial
+    os.replace(partial, file)
 
 
 def _figures(report: SparsityReport, prefix: str) -> dict[str, float]:
