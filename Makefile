@@ -9,7 +9,7 @@ READY := .venv/.ready
 .PHONY: finetune test coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
 	conformance docs notebooks wheel clean
 
-finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
+finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--recipe straight_through"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
 
 test: $(READY)
@@ -180,6 +180,7 @@ clean:
 
 # torch goes first and by itself, and is looked at again at the end: a dependency with a looser range may replace it.
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv, once. This takes minutes, most of them to download torch."
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
