@@ -1,8 +1,10 @@
 """What a run of `spikelora_finetuning.py` has reached: figures, tables and pictures."""
 
 import math
+import os
 import re
 import resource
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -187,3 +189,9 @@ def show(metrics: dict) -> None:
         f"The base guesses {metrics['before']['guessed']:.1%} of the next tokens, with SpikeLoRA "
         f"{after[0]['guessed']:.1%}{beside}. {after[0]['sparsity']:.0%} of SpikeLoRA's activations are silent.\n"
     )
+
+
+def next_step(folder: Path) -> str:
+    """What to type next, as this machine finds the command."""
+    command = "spikelora" if shutil.which("spikelora") else os.path.relpath(Path(sys.executable).with_name("spikelora"))
+    return f"Next, a page of it for your browser: {command} report {folder}"

@@ -34,7 +34,17 @@ from transformers import (
 )
 
 from options import Options, parse_options, targets
-from results import FiguresInBar, as_lora, measure, peak_memory, plot_sparsity, show, show_example, warn_of_silence
+from results import (
+    FiguresInBar,
+    as_lora,
+    measure,
+    next_step,
+    peak_memory,
+    plot_sparsity,
+    show,
+    show_example,
+    warn_of_silence,
+)
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder
 from spikelora import SparsityCallback, SparsityControlCallback, SpikeLoraConfig, SpikeLoraError, operations
 from texts import load_rows, load_tokenizer, split, tokenize
@@ -262,8 +272,7 @@ def main() -> None:
     warn_of_silence(after, "after training")
     show_example(tokenizer, val_rows[0], *before_and_after)
     print(f"Loaded afresh, the adapter gives the same logits to the bit. Everything is in {folder}")
-    command = "spikelora" if shutil.which("spikelora") else os.path.relpath(Path(sys.executable).with_name("spikelora"))
-    print(f"Next, a page of it for your browser: {command} report {folder}")
+    print(next_step(folder))
     if options.push_to_hub:
         kept = ["checkpoint-*/*", "lora/*"]
         print(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=kept))
