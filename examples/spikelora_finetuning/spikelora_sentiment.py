@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch.utils.data import DataLoader
 from transformers import (
@@ -127,7 +127,7 @@ def probabilities(trainer: Trainer, rows: Dataset) -> torch.Tensor:
 def show(held_out: Dataset, found: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
     """Accuracy by method, and three held-out sentences: the first on which the head alone and SpikeLoRA disagree."""
     truth, names = torch.tensor(held_out["label"][:]), held_out.features["label"].names
-    table = Table("", "right", "", title=f"{len(held_out)} held-out sentences")
+    table = Table("", Column("right", justify="right"), "", title=f"{len(held_out)} held-out sentences")
     for method, scores in found.items():
         table.add_row(method, f"{(scores.argmax(-1) == truth).float().mean():.1%}", notes[method])
     console.print(table)
@@ -151,8 +151,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = rows["train"].features["label"].names
     print(f"{len(rows['train'])} sentences to train on, {len(rows['test'])} held out; labels: {', '.join(names)}")
-    data = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=128), keep_in_memory=True)
-
+    data = rows.map(lambda row: tokenizer(row["text"], truncation=True, max_length=128), desc="tokenising")
     collator = DataCollatorWithPadding(tokenizer)
 
     def fresh():
