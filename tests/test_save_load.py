@@ -247,7 +247,9 @@ def test_a_shard_that_was_not_gathered_is_said(opt, tmp_path):
 def test_a_file_in_bfloat16_loads_with_gates_in_float32(saved, low_cpu_mem_usage):
     edit(saved[0], lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": False}
-    rounded = r"12 numbers of neurons .*, such as `.*lora_gate\.v_threshold`, which is -?0\.\d{6,} and was probably -?0\.\d"
+    rounded = (
+        r"12 numbers of neurons .*, such as `.*lora_gate\.v_threshold`, which is -?0\.\d{6,} and was probably -?0\.\d"
+    )
     with pytest.warns(RuntimeWarning, match=rounded):
         model = PeftModel.from_pretrained(tiny_opt().bfloat16(), saved[0], **options)
     dtypes = {("lora_gate" in name, p.dtype) for name, p in model.state_dict().items() if "lora_" in name}

@@ -66,8 +66,12 @@ class Options:
     report_to: str = flag("none", "tensorboard, wandb, trackio, ... as transformers takes it")
     push_to_hub: bool = flag(False, "upload the finished run")
     hub_model_id: str | None = flag(None, "repository to upload to")
-    compare_lora: bool = flag(
-        False, "also train plain LoRA with as many operations, on the same rows, seed and budget, and show both"
+    compare_lora: bool | None = flag(
+        None,
+        "train plain LoRA with as many operations on the same rows, seed and budget, and show both; by default with "
+        "the small model on its text, else not; --compare_lora=false leaves it out",
+        nargs="?",
+        const=True,
     )
 
     @property
@@ -97,7 +101,7 @@ def parse_options(arguments: list[str]) -> Options:
             parser.error(f"{arguments[0]} cannot be read: {error}")
         if not isinstance(values, dict):
             parser.error(f"{arguments[0]} must map flags to values")
-        given = {name: value for name, value in values.items() if value is not None and value is not False}
+        given = {name: value for name, value in values.items() if value is not None}
         lists = {name: ",".join(map(str, value)) for name, value in given.items() if isinstance(value, list)}
         arguments = [f"--{name}={value}" for name, value in (given | lists).items()] + arguments[1:]
     options = Options(**vars(parser.parse_args(arguments)))
@@ -106,6 +110,8 @@ def parse_options(arguments: list[str]) -> Options:
             setattr(options, name, value)
     if options.learning_rate is None:
         options.learning_rate = 3e-4 if options.base_model else 1e-2
+    if options.compare_lora is None:
+        options.compare_lora = options.base_model is None and options.data_path is None
     positive = ("batch_size", "gradient_accumulation_steps", "num_epochs", "learning_rate", "cutoff_len")
     for name in (*positive, "val_set_size", "eval_step", "save_step"):
         if not 0 < getattr(options, name) < math.inf:

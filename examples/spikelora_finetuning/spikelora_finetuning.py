@@ -28,13 +28,23 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from options import Options, parse_options, targets
-from results import as_lora, measure, peak_memory, show, warn_of_silence
+from results import (
+    FiguresInBar,
+    as_lora,
+    measure,
+    next_step,
+    peak_memory,
+    show,
+    show_example,
+    warn_of_silence,
+)
 from run_folder import ADAPTER_FILES, clear_results, last_checkpoint, prepare_folder
 from spikelora import (
     SparsityCallback,
@@ -140,6 +150,8 @@ def make_trainer(model: PeftModel, train_rows, val_rows, collator, options: Opti
         )
     except (ImportError, RuntimeError, ValueError) as error:
         sys.exit(f"the Trainer refuses --report_to {options.report_to}, or another flag: {error}")
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(FiguresInBar)
     config = model.peft_config["default"]
     if isinstance(config, SpikeLoraConfig):
         trainer.add_callback(SparsityCallback(trainer))
@@ -188,7 +200,9 @@ def run(options: Options, tokenizer, train_rows, val_rows, spiking: bool, folder
     return trainer, before, after | trained | adapter
 
 
-def save(trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options: Options, folder: Path) -> str:
+def save(
+    trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options: Options, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Save to a temporary folder, load back, then move, the configuration last: nothing half-written can be loaded."""
     state, partial_folder = PartialState(), folder / ".partial"
     if state.is_main_process:
@@ -200,7 +214,7 @@ def save(trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options
         (partial_folder / "sparsity.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     trainer.save_model(partial_folder)  # gathers what is sharded, and writes in the first process
     state.wait_for_everyone()
-    generation = check_reload(trainer.model, tokenizer, row, options, partial_folder)
+    logits = check_reload(trainer.model, row, options, partial_folder)
     state.wait_for_everyone()
     if state.is_main_process:
         for name in ADAPTER_FILES:
@@ -209,27 +223,19 @@ def save(trainer: Trainer, tokenizer, row: dict, report: SparsityReport, options
         shutil.rmtree(partial_folder)
         tokenizer.save_pretrained(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(options), sort_keys=False))
-    return generation
+    return logits
 
 
 @torch.no_grad()
-def check_reload(model: PeftModel, tokenizer, row: dict, options: Options, folder: Path) -> str:
-    """Load the saved adapter onto a fresh base; its logits must be the same to the bit. Return a short generation."""
+def check_reload(model: PeftModel, row: dict, options: Options, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load the saved adapter onto a fresh base; its logits must be the same to the bit. Return the base's and them."""
     fresh = PeftModel.from_pretrained(load_base(options), folder).eval()
     ids = torch.tensor([row["input_ids"]], device=model.device)
     trained, loaded = model.eval()(input_ids=ids).logits, fresh(input_ids=ids).logits
     if not torch.equal(trained, loaded):
         sys.exit(f"the adapter in {folder} gives other logits, by up to {(trained - loaded).abs().max():.3g}")
-    begin = next(position for position, label in enumerate(row["labels"]) if label != -100)
-    prompt = ids[:, : begin or 32]  # an instruction, or the first words of a text
-    made = fresh.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=32,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )[0]
-    return f"{tokenizer.decode(prompt[0])} >>> {tokenizer.decode(made[prompt.shape[1] :])}"
+    with fresh.disable_adapter():
+        return fresh(input_ids=ids).logits, loaded
 
 
 def main() -> None:
@@ -253,15 +259,17 @@ def main() -> None:
     if not checkpoint and state.is_main_process:
         clear_results(folder)
     state.wait_for_everyone()
+    print(f"\nSpikeLoRA of rank {options.lora_r}:")
     trainer, before, after = run(options, tokenizer, train_rows, val_rows, True, folder, checkpoint)
     before.pop("report")
     report = after.pop("report")
-    generation = save(trainer, tokenizer, val_rows[0], report, options, folder)
+    before_and_after = save(trainer, tokenizer, val_rows[0], report, options, folder)
     ledger = operations(trainer.model, report)
     after["operations"] = ledger.effective.macs
     metrics = {"recipe": options.recipe, "before": before, "spikelora": after, "reloaded_logits_identical": True}
     if options.compare_lora:
         lora_folder, smaller = folder / "lora", as_lora(options, ledger)
+        print(f"\nPlain LoRA of rank {smaller.lora_r}, which needs as many operations:")
         lora = run(smaller, tokenizer, train_rows, val_rows, False, lora_folder, last_checkpoint(lora_folder))[2]
         lora["operations"] = ledger.lora_unmerged.macs * smaller.lora_r / options.lora_r
         if not torch.cuda.is_available():
@@ -273,8 +281,9 @@ def main() -> None:
 
     show(metrics)
     warn_of_silence(after, "after training")
-    print(f"Loaded afresh, the adapter gives the same logits to the bit. It goes on from held-out text:\n{generation}")
-    print(f"\nEverything is in {folder}")
+    show_example(tokenizer, val_rows[0], *before_and_after)
+    print(f"Loaded afresh, the adapter gives the same logits to the bit. Everything is in {folder}")
+    print(next_step(folder))
     if options.push_to_hub:
         kept = ["checkpoint-*/*", "lora/*"]
         print(huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=kept))
