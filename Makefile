@@ -6,14 +6,17 @@ BIN := .venv/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune test coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
+.PHONY: finetune test slow coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
 	conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
 
 test: $(READY)
-	$(TEST)
+	$(TEST) -m 'not slow'
+
+slow: $(READY)  ## the tests that `make test` leaves out
+	$(TEST) -m slow
 
 # A target of its own, as measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3). Lines
 # that run in other processes alone, as the kernels in Triton's interpreter, count as not run.
