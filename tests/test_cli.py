@@ -287,4 +287,3 @@ def test_paragraphs_become_padded_batches(base_folder, tmp_path):
     assert first["input_ids"].tolist() == [[3, 4, 5], [6, 1, 1]]
     assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert second["input_ids"].tolist() == [[7, 8, 9]]
-
