@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_gpt2, tiny_opt
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import spikelora  # registers the method with PEFT, and so comes first
 
@@ -116,47 +116,3 @@ def test_the_readme_s_code_runs(tmp_path, monkeypatch, device):
     with spikelora.SparsityMeter(names["model"]) as meter:
         names["model"](**batches[0])
     assert meter.report().sparsity == pytest.approx(0.9, abs=0.05)
-
-
-def test_sft_trainer_takes_the_config(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    trainer = SFTTrainer(
-        model=str(EMBEDDED_MODEL),
-        args=SFTConfig(
-            output_dir=str(tmp_path), max_length=16, max_steps=1, report_to="none", use_cpu=True, bf16=False
-        ),
-        train_dataset=Dataset.from_dict({"text": ["The neuron fires at equality."] * 8}),
-        processing_class=tokenizer,
-        peft_config=SpikeLoraConfig(target_modules=["q_proj"]),
-    )
-    trainer.train()
-    trainer.save_model(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), tmp_path / "adapter")
-    assert loaded.peft_config["default"].peft_type == "SPIKELORA"
-
-
-def test_dpo_reference_gates_as_the_trained_adapter_did(tmp_path):
-    """TRL copies a trained adapter by its parameters: it would miss buffers, and makes fixed parameters trainable."""
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.bfloat16)
-    model = get_peft_model(base, SpikeLoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-        if "v_threshold" in name:
-            parameter.data.fill_(0.3)  # other than the configuration has it
-    tokens = torch.arange(3, 31).view(2, 14)
-    with torch.no_grad():
-        expected = model.eval()(tokens).logits
-    rows = {"prompt": ["The neuron"] * 4, "chosen": [" fires at equality."] * 4, "rejected": [" is silent."] * 4}
-    trainer = DPOTrainer(
-        model=model,
-        args=DPOConfig(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False),
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    model.eval().set_adapter("ref")
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, expected)
-    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_gate" in name)
