@@ -6,8 +6,8 @@ BIN := .venv/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune test slow coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
-	conformance docs notebooks wheel clean
+.PHONY: finetune test slow coverage quality types metadata format bench gpu study compatibility quantised tools serving \
+	versions conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
