@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
 SCRIPT = FOLDER / "spikelora_finetuning.py"
 sys.path.append(str(FOLDER))  # as where a script is run
 # Enough to see the loss fall, and no more.
-SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=6", "--save_step=8", "--eval_step=12"]
+SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=4", "--save_step=8", "--eval_step=24"]
 
 # Runs the script and ends it, in whatever thread, where it opens a socket.
 WITHOUT_SOCKETS = """
