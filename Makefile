@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # One process for each core, with one thread each. A file's tests stay together, because they share what is slow to
-# make. The files begin in the order that tests/conftest.py gives.
-TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+# make. The files begin in the order that tests/conftest.py gives. Bytecode is written, as each process would otherwise
+# compile every test anew.
+TEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune sentiment test coverage quality types metadata format bench gpu study compatibility quantised tools serving \
-	versions conformance docs notebooks wheel clean
+.PHONY: finetune sentiment test slow coverage quality types metadata format bench gpu study compatibility quantised tools \
+	serving versions conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--recipe straight_through"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -22,7 +23,10 @@ sentiment: $(MINILM)/.ready  ## a real encoder learns to tell praise from compla
 	PYTHONPATH=$(MINILM) $(BIN)/python examples/spikelora_finetuning/spikelora_sentiment.py $(ARGS)
 
 test: $(READY)
-	$(TEST)
+	$(TEST) -m 'not slow'
+
+slow: $(READY)  ## the tests that `make test` leaves out
+	$(TEST) -m slow
 
 # A separate target, because measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3).
 # Lines that run only in other processes, such as the kernels in Triton's interpreter, count as not run.

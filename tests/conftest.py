@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -78,15 +79,19 @@ def spiking(base: nn.Module, **options) -> PeftModel:
 
 
 # The files that take longest. They go first, as one that began last would keep one core busy while the others wait.
-SLOW = (
-    *("experiments", "finetuning", "triton", "launch", "distributed", "fsdp", "trainers", "callbacks", "benchmarks"),
-    *("quickstart", "interruption", "export", "paths", "adapters"),
+LONGEST = (
+    *("finetuning", "triton", "fsdp", "distributed", "trainers", "callbacks", "experiments", "docs", "autoload"),
+    *("export", "interruption", "quickstart", "paths", "damage", "adapters"),
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}": place for place, name in enumerate(SLOW)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(SLOW)))
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the imports made stays to the end, and need not be gone through in each collection of garbage
 
 
 # transformers 5.24 asks for a PEFT that is not out yet, in its own `add_adapter` and the like.

@@ -107,8 +107,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["spikelora-autoload.pth"]
 
 
-def test_the_quick_start_of_the_paper_s_authors(on):
+def test_the_quick_start_of_the_paper_s_authors_in_an_isolated_process(on):
     output = on.run(
+        "-I",
         "-c",
         """
 from peft import SpikeLoraConfig, get_peft_model
@@ -145,15 +146,16 @@ print("registered")
     "first",
     [
         "import transformers.trainer_callback",
-        "from transformers import Trainer",
+        pytest.param("from transformers import Trainer", marks=pytest.mark.slow),
         "from trl import SFTTrainer",
-        "import spikelora",
+        pytest.param("import spikelora", marks=pytest.mark.slow),
     ],
 )
 def test_whatever_imports_peft_registers_the_method(on, first):
     assert on.run("-c", f"{first}\n{CHECK}") == "registered\n"
 
 
+@pytest.mark.slow
 def test_threads_that_import_at_once(on):
     code = """
 import threading
@@ -194,10 +196,12 @@ assert not {"peft", "spikelora"} & sys.modules.keys()
 STARTED = {"_sitebuiltins", "genericpath", "os.path", "posixpath", "stat", "_stat", "_collections_abc", "sitecustomize"}
 
 
-def test_transformers_finds_the_method_of_an_adapter(on, adapter):
+def test_transformers_and_its_pipeline_find_the_method_of_an_adapter(on, adapter):
     code = """
-import sys
-from transformers import AutoModelForCausalLM, pipeline
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -206,35 +210,22 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 gates = [module for name, module in model.named_modules() if name.endswith("lora_gate.default")]
 # The first call is guarded already: without that the threshold is that of a bfloat16.
 print(type(model).__name__, len(gates), *{(gate.v_threshold.dtype, gate.v_threshold.item()) for gate in gates})
-"""
-    threshold = torch.tensor(0.1).item()
 
-    assert on.run("-c", code, adapter) == f"OPTForCausalLM 2 (torch.float32, {threshold})\n"
-
-
-def test_a_pipeline_finds_the_method_of_an_adapter(on, adapter):
-    code = """
-import sys, torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers.utils import logging
-
-logging.disable_progress_bar()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
 model = pipeline("text-generation", model=sys.argv[1], tokenizer=tokenizer).model
 torch.save(model(input_ids=torch.arange(10).unsqueeze(0)).logits, sys.argv[2])
 """
     file = on.packages / "logits.pt"
-    on.run("-W", "ignore", "-c", code, adapter, file)
+    threshold = torch.tensor(0.1).item()
+    output = on.run("-W", "ignore", "-c", code, adapter, file)
+    assert output == f"OPTForCausalLM 2 (torch.float32, {threshold})\n"
 
     model = PeftModel.from_pretrained(tiny_opt().to(torch.bfloat16), adapter)
     with torch.no_grad():
         assert torch.equal(torch.load(file), model(input_ids=torch.arange(10).unsqueeze(0)).logits)
 
 
-def test_isolated_it_works_and_without_site_it_is_out_of_the_way(on):
-    assert on.run("-I", "-c", "import peft; print(hasattr(peft, 'SpikeLoraConfig'))") == "True\n"
+def test_isolated_it_waits_and_without_site_it_is_out_of_the_way(on):
     finders = "import sys; print([f for f in sys.meta_path if 'SpikeLora' in repr(f)])"
     assert on.run("-S", "-c", finders) == "[]\n"
     assert on.run("-I", "-c", finders) == "[<class 'SpikeLoraAutoload'>]\n"

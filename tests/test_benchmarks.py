@@ -225,6 +225,7 @@ def test_quick_does_not_replace_the_real_figures(capsys):
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", ["cpu", GPU])
 def test_a_quick_run(on, tmp_path):
     expected = {name: columns for name, columns in COLUMNS.items() if name != "events" or on == "cpu"}
@@ -282,6 +283,7 @@ class TestHost:
 class TestGpu:
     """`make gpu`, as far as a machine without a GPU can show it."""
 
+    @pytest.mark.slow
     def test_a_dry_run(self, tmp_path):
         command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--output", str(tmp_path)]
         result = subprocess.run(

@@ -66,11 +66,6 @@ def status(*arguments):
     return ended.value.code
 
 
-def shell(*arguments):
-    command = [sys.executable, "-m", "spikelora", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_inspect_says_what_a_sound_adapter_holds(adapter, base_folder, capsys):
     assert status("inspect", adapter) == 0
     output = capsys.readouterr().out
@@ -89,7 +84,7 @@ def test_inspect_says_what_a_sound_adapter_holds(adapter, base_folder, capsys):
 def test_inspect_of_a_damaged_adapter_ends_with_1(adapter):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    result = shell("inspect", adapter)
+    result = subprocess.run([sys.executable, "-m", "spikelora", "inspect", adapter], capture_output=True, text=True)
     assert result.returncode == 1
     assert f"{file} is damaged" in result.stderr
     assert "Traceback" not in result.stderr
@@ -139,12 +134,6 @@ def test_wrong_usage_ends_with_2(adapter, data, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert (full / "kept.txt").read_text() == "kept"
     assert not (tmp_path / "new").exists()
-
-
-def test_the_shell_sees_status_2(tmp_path):
-    result = shell("inspect", tmp_path / "missing")
-    assert result.returncode == 2
-    assert "does not exist" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "report", "calibrate", "to-lora"])
@@ -379,9 +368,3 @@ def test_paragraphs_become_padded_batches(base_folder, tmp_path):
     assert first["input_ids"].tolist() == [[3, 4, 5], [6, 1, 1]]
     assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert second["input_ids"].tolist() == [[7, 8, 9]]
-
-
-def test_the_command_alone_brings_no_plots():
-    code = "import sys, spikelora.report.cli; print('matplotlib' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "False\n"

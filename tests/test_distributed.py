@@ -127,11 +127,17 @@ def under_ddp(folder):
     return results | {"meter": uneven_work()} | {path.name: two_forwards(path.name) for path in Path}
 
 
+def sizes_of(request):
+    """The numbers of processes that a module's tests ask for: four where the slow ones are not left out."""
+    slow = any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)
+    return (1, 2, 4) if slow else (1, 2)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, request):
     """The folder of the same training by one, two and four processes, and what each of them saw."""
-    folder = tmp_path_factory.mktemp("ddp")
-    return folder, dict(zip((1, 2, 4), in_processes(under_ddp, folder, 1, 2, 4), strict=True))
+    folder, sizes = tmp_path_factory.mktemp("ddp"), sizes_of(request)
+    return folder, dict(zip(sizes, in_processes(under_ddp, folder, *sizes), strict=True))
 
 
 def check_alike(alone, several):
@@ -160,6 +166,7 @@ def check_saved(folder, case, several, reference=None, computes_alike=True, **ba
     assert not computes_alike or all(logits(reloaded) == seen["logits"] for seen in several)
 
 
+FOUR = pytest.mark.slow
 UNUSED = pytest.mark.compatibility("Many processes", "DDP, parameters without a gradient")
 HELD_THRESHOLDS = pytest.mark.compatibility("Many processes", "DDP, `target_sparsity`")
 CHECKPOINTED = pytest.mark.compatibility("Many processes", "DDP, gradient checkpointing")
@@ -173,13 +180,13 @@ REENTRANTLY = pytest.mark.compatibility(
     ("case", "n"),
     [
         pytest.param("unused", 2, marks=UNUSED),
-        pytest.param("unused", 4, marks=UNUSED),
+        pytest.param("unused", 4, marks=[UNUSED, FOUR]),
         pytest.param("checkpointed", 2, marks=CHECKPOINTED),
         pytest.param("reentrant", 2, marks=REENTRANTLY),
         pytest.param("held", 2, marks=HELD_THRESHOLDS),
-        pytest.param("held", 4, marks=HELD_THRESHOLDS),
+        pytest.param("held", 4, marks=[HELD_THRESHOLDS, FOUR]),
         pytest.param("held_together", 2, marks=HELD_THRESHOLDS),
-        pytest.param("held_together", 4, marks=HELD_THRESHOLDS),
+        pytest.param("held_together", 4, marks=[HELD_THRESHOLDS, FOUR]),
     ],
 )
 def test_ddp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case, n):
@@ -193,7 +200,7 @@ def test_ddp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case, 
 
 @pytest.mark.compatibility("Many processes", "DDP, resuming")
 @pytest.mark.parametrize("case", ["held", "held_together"])
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=FOUR)])
 def test_ddp_goes_on_from_a_checkpoint_to_the_same_losses(runs, n, case):
     for seen in (of[case] for of in runs[1][n]):
         if seen["resumed"] is None:
@@ -211,7 +218,7 @@ def test_two_forwards_and_one_backward(runs, path):
 
 
 @pytest.mark.compatibility("Many processes", "`SparsityMeter`")
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 2, pytest.param(4, marks=FOUR)])
 def test_the_meter_adds_up_all_processes(runs, n):
     # All rows of X in one process, and the first row, which has one spike, in each.
     report = [4 + n, pytest.approx(1 - (3 + n) / (12 + 3 * n)), [pytest.approx((2 + n) / (4 + n)), 1 / (4 + n), 0.0]]

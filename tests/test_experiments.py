@@ -539,7 +539,7 @@ class TestRunning:
         assert "has no run abc" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        ("method", "own"), [("lora", {}), ("spikelora", {"v_threshold": 0.1, "tau": 2.0}), ("dropout", {"rate": 0.5})]
+        ("method", "own"), [("spikelora", {"v_threshold": 0.1, "tau": 2.0}), ("dropout", {"rate": 0.5})]
     )
     def test_the_same_configuration_gives_the_same_result(self, method, own):
         run = replace(RUN, method=method, **own)
@@ -550,17 +550,14 @@ class TestRunning:
     @pytest.mark.parametrize(
         ("method", "own"),
         [
-            ("spikelora", {"target_sparsity": 0.9}),
             ("spikelora", {"target_sparsity": 0.9, "target_scope": "adapter", "target_warmup": 0.5}),
             ("two_sided", {"target_sparsity": 0.9}),
-            ("spikelora", {"learn_threshold": True}),
+            ("spikelora", {"learn_threshold": True, "v_threshold": 0.1, "train_rows": 32}),
         ],
     )
     def test_targets_are_held_and_thresholds_learned(self, method, own):
-        neuron = {"tau": 2.0} | ({} if "target_sparsity" in own else {"v_threshold": 0.1})
-        found = train(
-            replace(RUN, method=method, train_rows=64, eval_rows=32, epochs=3, learning_rate=1e-3, **neuron, **own)
-        )["result"]["sparsity"]
+        options = {"train_rows": 192, "eval_rows": 32, "learning_rate": 1e-3, "tau": 2.0} | own
+        found = train(replace(RUN, method=method, **options))["result"]["sparsity"]
         thresholds = {module["v_threshold"] for module in found["by_module"].values()}
         is_common = own.get("target_scope") == "adapter"
         assert is_common or len(thresholds) == len(found["by_module"])  # none is that of another, nor the first
@@ -615,6 +612,24 @@ class TestRunning:
         assert all(norm > 0 for norm in result["gradient_norms"]["B"]["by_epoch"])
         assert line["where"]["training_seconds"] > 0
 
+    def test_a_study_from_its_runs_to_its_pictures(self, study):
+        results = study.parent / "results"
+        assert main(["run", str(study), "--results", str(results)]) == 0
+        lines = results_in(results)
+        assert {key: line["status"] for key, line in lines.items()} == {
+            run.key: "done" for run in read_study(study).runs
+        }
+        assert str(ROOT) not in json.dumps(lines)
+        table = tables.markdown(read_study(study), Store(results))
+        silent = next(line for line in table.splitlines() if "v_threshold=2" in line)
+        assert "1.000 ± 0.000" in silent  # a threshold of 2 silences everything
+        pictures = study.parent / "pictures"
+        assert main(["plot", str(study), "--results", str(results), "--output", str(pictures)]) == 0
+        assert {p.name for p in pictures.iterdir()} == {
+            f"tiny-{n}.png" for n in ("sweep", "modules", "gradients", "history")
+        }
+
+    @pytest.mark.slow
     def test_an_interruption_from_the_keyboard_waits_for_no_run(self, study):
         study.write_text(STUDY.replace("train_rows = 8", "train_rows = 200").replace("[0, 1]", "[0, 1, 2, 3]"))
         results = study.parent / "results"
@@ -637,6 +652,7 @@ class TestRunning:
         assert stopped.returncode == 130
         assert 1 <= before <= len(list(results.glob("*.jsonl"))) <= before + 2  # those that were at their end
 
+    @pytest.mark.slow
     def test_an_interrupted_study_goes_on_in_two_processes(self, study):
         results = study.parent / "results"
         command = [sys.executable, "-m", "experiments", "run", str(study), "--results", str(results)]
@@ -655,18 +671,8 @@ class TestRunning:
         trained = sum(int(re.search(r"(\d+) trained now", out)[1]) for out, _ in outputs)
         assert trained == 6 - len(before)
         assert all(path.stat().st_mtime_ns == time_of for path, time_of in before.items())
-        lines = results_in(results)
-        assert {key: line["status"] for key, line in lines.items()} == {
+        assert {key: line["status"] for key, line in results_in(results).items()} == {
             run.key: "done" for run in read_study(study).runs
-        }
-        assert str(ROOT) not in json.dumps(lines)
-        table = tables.markdown(read_study(study), Store(results))
-        silent = next(line for line in table.splitlines() if "v_threshold=2" in line)
-        assert "1.000 ± 0.000" in silent  # a threshold of 2 silences everything
-        pictures = study.parent / "pictures"
-        assert main(["plot", str(study), "--results", str(results), "--output", str(pictures)]) == 0
-        assert {p.name for p in pictures.iterdir()} == {
-            f"tiny-{n}.png" for n in ("sweep", "modules", "gradients", "history")
         }
 
 
@@ -689,6 +695,7 @@ def test_workers_take_the_gpus_in_turn(named, expected, monkeypatch):
     assert sorted(of_worker.values()) == expected
 
 
+@pytest.mark.slow
 def test_what_workers_are_forked_from_does_not_begin_with_cuda():
     code = (
         "import torch\n"
@@ -711,6 +718,7 @@ def run_together(folder: Path) -> int:
     return main(["run", str(folder.parent / "tiny.toml"), "--results", str(folder.parent / "results")])
 
 
+@pytest.mark.slow
 def test_processes_of_a_launch_train_one_run_together_and_record_it_once(study):
     study.write_text(STUDY.replace("[0, 1]", "[0]").replace("[0.1, 2.0]", "0.1").replace("rows = 8", "rows = 16"))
     assert in_processes(run_together, study.parent, 2) == [[0, 0]]

@@ -1,4 +1,4 @@
-"""The main job, run as a user runs it, in a process of its own."""
+"""The main job, run as a user runs it: twice in a process of its own, otherwise here, as the imports take longest."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
 SCRIPT = FOLDER / "spikelora_finetuning.py"
 sys.path.append(str(FOLDER))  # as where a script is run
 # Enough to see the loss fall, and no more.
-SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=24", "--save_step=8", "--eval_step=12"]
+SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=4", "--save_step=8", "--eval_step=24"]
 SMALL += ["--compare_lora=false"]  # where it is not asked for
 
 # Runs the script and ends it, in whatever thread, where it opens a socket.
@@ -166,8 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_end(script, finished, monkeypatch, tmp
     with pytest.raises(SystemExit, match="--resume_from_checkpoint"):
         run_here(script, monkeypatch, *flags)
 
-    resumed = run(*flags, "--resume_from_checkpoint")
-    assert resumed.returncode == 0, resumed.stderr
+    run_here(script, monkeypatch, *flags, "--resume_from_checkpoint")
     expected = json.loads((finished[0] / "metrics.json").read_text())["spikelora"]
     actual = json.loads((tmp_path / "metrics.json").read_text())["spikelora"]
     assert actual["steps"] == expected["steps"]
@@ -248,19 +247,17 @@ def test_every_kind_of_file_is_read(script, suffix, tmp_path):
     assert script["load_rows"](script["parse_options"]([f"--data_path={path}"]))["text"][:] == rows["text"][:]
 
 
-def test_an_instruction_run(tmp_path):
+def test_an_instruction_run(script, monkeypatch, capsys, tmp_path):
     rows = [{"instruction": f"Add {n} and 1.", "input": "", "output": str(n + 1)} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    result = run(
-        *SMALL, f"--data_path={tmp_path / 'rows.jsonl'}", f"--output_dir={tmp_path / 'out'}", "--val_set_size=8"
-    )
-    assert result.returncode == 0, result.stderr
+    data = [f"--data_path={tmp_path / 'rows.jsonl'}", "--val_set_size=8"]
+    run_here(script, monkeypatch, *SMALL, *data, f"--output_dir={tmp_path / 'out'}")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 1
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
     answers = [len(tokenizer(row["output"] + "</s>")["input_ids"]) for row in rows]
     assert 8 * min(answers) <= metrics["before"]["tokens"] <= 8 * max(answers)
-    shown = re.search(r"The first held-out text has (\d+) tokens", result.stdout)
+    shown = re.search(r"The first held-out text has (\d+) tokens", capsys.readouterr().out)
     assert int(shown[1]) in answers
 
 
@@ -275,10 +272,9 @@ def test_a_run_on_a_quantised_base(script, tmp_path):
     assert base.model.decoder.layers[0].fc1.weight.dtype == torch.uint8
 
 
-def test_a_run_that_diverges_leaves_no_adapter(tmp_path):
-    result = run(*SMALL, "--max_steps=3", "--learning_rate=1e30", f"--output_dir={tmp_path}")
-    assert result.returncode == 1
-    assert "Lower --learning_rate" in result.stderr
+def test_a_run_that_diverges_leaves_no_adapter(script, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="Lower --learning_rate"):
+        run_here(script, monkeypatch, *SMALL, "--max_steps=3", "--learning_rate=1e30", f"--output_dir={tmp_path}")
     assert not (tmp_path / "adapter_config.json").exists()
 
 
@@ -447,15 +443,14 @@ class TestBadInput:
         assert (finished[0] / "adapter_config.json").exists()
 
 
-def test_a_real_text(tmp_path):
+def test_a_real_text(script, monkeypatch, tmp_path):
     """Tiny Shakespeare (karpathy/char-rnn on GitHub), by file."""
     if "SPIKELORA_DATA" not in os.environ:
         pytest.skip(
             "SPIKELORA_DATA is unset; the text is in the public repository karpathy/char-rnn, data/tinyshakespeare"
         )
     text = Path(os.environ["SPIKELORA_DATA"], "tinyshakespeare", "input.txt")
-    result = run(*SMALL, f"--data_path={text}", f"--output_dir={tmp_path}")
-    assert result.returncode == 0, result.stderr
+    run_here(script, monkeypatch, *SMALL, "--val_set_size=24", f"--data_path={text}", f"--output_dir={tmp_path}")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 0.3
 

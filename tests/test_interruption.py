@@ -80,7 +80,7 @@ def is_one_of(found, *expected):
     note="the old adapter, the new one, or an error; if both have the same rank, the weights of one may meet the "
     "`lora_alpha` of the other, so a folder of its own is safer",
 )
-@pytest.mark.parametrize("options", [{"r": 2}, {"v_threshold": 0.7}, {"r": 2, "lora_alpha": 1}], ids=str)
+@pytest.mark.parametrize("options", [{"v_threshold": 0.7}, {"r": 2, "lora_alpha": 1}], ids=str)
 def test_a_save_over_an_adapter_that_is_killed(options, tmp_path):
     models = [trained(tiny_opt(), **TARGETS), trained(tiny_opt(), **TARGETS | options)]
     expected = [model(TOKENS).logits for model in models]

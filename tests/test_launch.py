@@ -94,11 +94,14 @@ def check_run(alone, folder, printed, metrics):
     assert not (folder / ".partial").exists()
 
 
+# `make test` has test_distributed and test_fsdp, which train as these do.
+@pytest.mark.slow
 @pytest.mark.compatibility("Many processes", "`accelerate launch` with ddp.yaml")
 def test_ddp(alone, text, tmp_path):
     check_run(alone, tmp_path, *launch(text, tmp_path, "ddp.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.compatibility("Many processes", "`accelerate launch` with fsdp2.yaml", note="here over gloo, see its page")
 def test_fsdp2(alone, text, tmp_path):
     script = tmp_path / "sharded_on_cpu.py"

@@ -38,7 +38,7 @@ with torch.no_grad():
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
 @pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
-def test_quick_start(make_base, tmp_path, device):
+def test_quick_start(make_base, tmp_path, monkeypatch, device):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     base = make_base()
     base.resize_token_embeddings(len(tokenizer))
@@ -72,9 +72,13 @@ def test_quick_start(make_base, tmp_path, device):
     with torch.no_grad():
         logits = trainer.model.eval()(tokens.to(device)).logits
     torch.save({"tokens": tokens, "logits": logits.cpu()}, tmp_path / "expected.pt")
-    command = [sys.executable, "-c", FRESH_PROCESS, tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    files = [tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
+    if make_base is tiny_opt:  # once in a fresh process, which pays for its imports
+        run = subprocess.run([sys.executable, "-c", FRESH_PROCESS, *files], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    else:
+        monkeypatch.setattr(sys, "argv", ["-c", *files])
+        exec(FRESH_PROCESS, {})
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
@@ -112,23 +116,6 @@ def test_the_readme_s_code_runs(tmp_path, monkeypatch, device):
     with spikelora.SparsityMeter(names["model"]) as meter:
         names["model"](**batches[0])
     assert meter.report().sparsity == pytest.approx(0.9, abs=0.05)
-
-
-def test_sft_trainer_takes_the_config(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    trainer = SFTTrainer(
-        model=str(EMBEDDED_MODEL),
-        args=SFTConfig(
-            output_dir=str(tmp_path), max_length=16, max_steps=1, report_to="none", use_cpu=True, bf16=False
-        ),
-        train_dataset=Dataset.from_dict({"text": ["The neuron fires at equality."] * 8}),
-        processing_class=tokenizer,
-        peft_config=SpikeLoraConfig(target_modules=["q_proj"]),
-    )
-    trainer.train()
-    trainer.save_model(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), tmp_path / "adapter")
-    assert loaded.peft_config["default"].peft_type == "SPIKELORA"
 
 
 def test_dpo_reference_gates_as_the_trained_adapter_did(tmp_path):

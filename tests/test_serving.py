@@ -1,7 +1,6 @@
 """The parts of the plugin for vLLM that can be tested without vLLM; the rest is in tests/serving."""
 
 import importlib
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -18,14 +17,6 @@ def test_the_entry_point_is_there():
     module, _, name = PROJECT["entry-points"]["vllm.general_plugins"]["spikelora"].partition(":")
 
     assert getattr(importlib.import_module(module), name) is plugin.register
-
-
-def test_the_import_of_the_package_brings_neither_the_room_nor_vllm():
-    code = "import sys, spikelora; print(*(n for n in sys.modules if n.split('.')[-1] in ('vllm', 'serving')))"
-    code += "; import spikelora.serving.plugin; print('vllm' in sys.modules)"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-
-    assert process.stdout.split() == ["False"], process.stderr
 
 
 @pytest.fixture

@@ -282,13 +282,13 @@ def small(tokenizer, tmp_path_factory):
     return str(folder)
 
 
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def trained(folder):
+def trained(folder, dtype=torch.float32):
     """A model whose adapter has been trained before: B is not 0, and the thresholds are not the configuration's."""
-    model = spiking(load(folder), task_type="CAUSAL_LM", v_threshold=0.3)
+    model = spiking(load(folder, dtype), task_type="CAUSAL_LM", v_threshold=0.3)
     for gate in model.modules():
         if isinstance(gate, SpikeGate):
             gate.v_threshold.data.fill_(0.02)
@@ -461,7 +461,7 @@ def test_a_copy_by_parameters_has_the_thresholds(kind, small, tokenizer, tmp_pat
     generates = kind in ("GRPO", "RLOO")
     scored = {"reward_funcs": lambda completions, **_: [1.0] * len(completions)} if generates else {}
     grouped = {"num_generations": 2} if generates else {}
-    model = trained(small)
+    model = trained(small, torch.bfloat16)
     expected = logits(model)
     getattr(trl, f"{kind}Trainer")(
         model=model,

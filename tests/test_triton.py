@@ -68,13 +68,13 @@ def buffers(monkeypatch):
         assert memory[-256:].isnan().all(), f"written after a buffer {shape}"
 
 
-@pytest.fixture(params=[False, True], ids=["surrogate", "straight through"])
-def both_gradients(request, monkeypatch):
-    """A test with both gradients of the gate."""
+@pytest.fixture
+def straight_through(request, monkeypatch):
+    """One of the gate's two gradients for a test."""
     monkeypatch.setattr(sys.modules[__name__], "STRAIGHT_THROUGH", request.param)
 
 
-both_gradients_too = pytest.mark.usefixtures("both_gradients")
+both_gradients_too = pytest.mark.parametrize("straight_through", [False, True], indirect=True)
 
 
 @pytest.fixture
@@ -158,17 +158,30 @@ def operands(T, P, n, n_in, n_out, r, layout="contiguous"):
     return x, A, y, B, *numbers(0.1, 1.7), grad_y, grad_x
 
 
-@both_gradients_too
-@pytest.mark.parametrize(("T", "P"), DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
-def check_dtypes_and_layouts(backend, T, P, layout):
+@pytest.mark.parametrize(
+    ("T", "P", "layout", "straight_through"),
+    [  # each gradient with each pair of types and with each layout
+        (*dtypes, layout, (i + j) % 2 == 1)
+        for i, dtypes in enumerate(DTYPES)
+        for j, layout in enumerate(["contiguous", "transposed", "strided"])
+    ],
+    indirect=["straight_through"],
+)
+def check_dtypes_and_layouts(backend, T, P, layout, straight_through):
     assert_backend(backend, *operands(T, P, 5, 33, 100, 7, layout))
 
 
-@pytest.mark.parametrize(("T", "P"), [(F32, F32), (BF16, F32)])
 @pytest.mark.parametrize(
-    ("n", "n_in", "n_out", "r"),
-    [(0, 33, 100, 8), (1, 100, 33, 1), (1, 300, 300, 8), (17, 64, 64, 63), (130, 300, 100, 64), (130, 33, 300, 256)],
+    ("T", "P", "n", "n_in", "n_out", "r"),
+    [
+        (F32, F32, 0, 33, 100, 8),
+        (F32, F32, 1, 100, 33, 1),
+        (BF16, F32, 1, 300, 300, 8),
+        (F32, F32, 17, 64, 64, 63),
+        (BF16, F32, 17, 64, 64, 63),
+        (BF16, F32, 130, 300, 100, 64),
+        (F32, F32, 130, 33, 300, 256),
+    ],
 )
 def check_sizes(backend, T, P, n, n_in, n_out, r):
     assert_backend(backend, *operands(T, P, n, n_in, n_out, r))
@@ -208,9 +221,8 @@ def train(steps, dropout):
     return losses
 
 
-@both_gradients_too
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, monkeypatch):
+@pytest.mark.parametrize(("dropout", "straight_through"), [(0.2, False), (0.0, True)], indirect=["straight_through"])
+def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, straight_through, monkeypatch):
     expected = train(12, dropout)
     monkeypatch.setattr(linear, "_backend", lambda y, A: backend)
     losses = train(12, dropout)
@@ -299,7 +311,7 @@ def check_minus_infinity_is_silent(backend):
 
 
 @both_gradients_too
-def check_infinite_gradient_does_not_meet_the_padding(backend):
+def check_infinite_gradient_does_not_meet_the_padding(backend, straight_through):
     a, A, B, grad_y = torch.ones(2, 3), torch.ones(3, 5), torch.ones(4, 3), torch.ones(2, 4)
     grad_y[0, 0] = math.inf
     needs = (False, False, True, True)
@@ -312,9 +324,8 @@ def check_infinite_gradient_does_not_meet_the_padding(backend):
 
 
 @both_gradients_too
-@pytest.mark.parametrize("need_x", [True, False])
-@pytest.mark.parametrize("needs", [[i == j for i in range(4)] for j in range(5)])
-def check_computes_what_is_needed(backend, needs, need_x):
+@pytest.mark.parametrize(("needs", "need_x"), [([i == j for i in range(4)], j % 2 == 0) for j in range(5)])
+def check_computes_what_is_needed(backend, needs, need_x, straight_through):
     x, A, y, B, v_threshold, tau, grad_y, grad_x = operands(F32, F32, 3, 6, 5, 4)
     inputs = (A, B, v_threshold, tau)
     a = backend.add_adapter_(y, x, *inputs, SCALE, SCALING, True)
@@ -350,9 +361,9 @@ def check_keeps_no_activation_that_nobody_needs(backend):
     assert torch.equal(y, again)
 
 
-@pytest.fixture(params=[80, 90, 100])
+@pytest.fixture
 def launches(request, monkeypatch):
-    """Launches of kernels as `(arguments, compiled kernel)`, compiled for that architecture and not run."""
+    """Launches of kernels as `(arguments, compiled kernel)`, compiled for an architecture, or sm_80, and not run."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
@@ -360,14 +371,15 @@ def launches(request, monkeypatch):
 
     class Driver:
         def get_current_device(self):
-            return request.param  # Triton keeps kernels by device
+            return architecture  # Triton keeps kernels by device
 
         def get_current_stream(self, device):
             return 0
 
         def get_current_target(self):
-            return GPUTarget("cuda", request.param, 32)
+            return GPUTarget("cuda", architecture, 32)
 
+    architecture = getattr(request, "param", 80)
     compile_and_run, launched = JITFunction.run, []
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -384,16 +396,19 @@ def launches(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("T", "P", "n", "r", "layout"),
-    [
-        (F32, F32, 1, 8, "contiguous"),
-        (F32, F32, 4096, 64, "contiguous"),
-        (F32, F32, 4096, 256, "contiguous"),
-        (F16, F16, 4096, 8, "contiguous"),
-        (BF16, BF16, 4096, 64, "contiguous"),
-        (BF16, F32, 4096, 64, "contiguous"),
-        (BF16, F32, 4096, 8, "transposed"),
+    ("launches", "T", "P", "n", "r", "layout"),
+    [  # what needs most shared memory, for each architecture
+        (80, F32, F32, 4096, 256, "contiguous"),
+        (90, F32, F32, 4096, 256, "contiguous"),
+        (100, F32, F32, 4096, 256, "contiguous"),
+        (80, F32, F32, 1, 8, "contiguous"),
+        (90, F32, F32, 4096, 64, "contiguous"),
+        (100, F16, F16, 4096, 8, "contiguous"),
+        (80, BF16, BF16, 4096, 64, "contiguous"),
+        (90, BF16, F32, 4096, 64, "contiguous"),
+        (100, BF16, F32, 4096, 8, "transposed"),
     ],
+    indirect=["launches"],
 )
 def compile_what_is_launched(launches, T, P, n, r, layout):
     backend = importlib.import_module("spikelora.method.ops.triton_backend")
@@ -416,9 +431,12 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
             assert "ld.global.b16" not in kernel.asm["ptx"], kernel.metadata.name
 
 
-@both_gradients_too
-@pytest.mark.parametrize("needed", ["A", "B", "neuron"])
-def compile_what_is_needed(launches, needed):
+@pytest.mark.parametrize(
+    ("needed", "straight_through"),
+    [("A", False), ("B", True), ("neuron", False), ("neuron", True)],
+    indirect=["straight_through"],
+)
+def compile_what_is_needed(launches, needed, straight_through):
     """What is None is known to the compiler, and what depends on it is left out of a kernel."""
     backend = importlib.import_module("spikelora.method.ops.triton_backend")
     x, A, y, B, *neuron, grad_y, grad_x = operands(BF16, F32, 20, 64, 96, 8)
@@ -471,7 +489,6 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(launches) == 7
 
 
-@both_gradients_too
 @pytest.mark.parametrize("rank", [1, 8, 256])
 def compile_and_work(launches, rank):
     backend = importlib.import_module("spikelora.method.ops.triton_backend")
