@@ -6,7 +6,7 @@ BIN := .venv/bin
 TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune test coverage quality types metadata format bench gpu study compatibility quantised tools serving versions \
+.PHONY: finetune test coverage quality types metadata format bench gpu study compatibility quantised tools axolotl serving versions \
 	conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--compare_lora"
@@ -107,6 +107,21 @@ tools: $(TOOLS:%=build/tools/%/.ready)  ## other people's programs with spiking 
 	for tool in $(TOOLS); do \
 		PYTHONPATH=build/tools/$$tool OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_$$tool.py || exit 1; \
 	done
+
+# An environment of its own, as axolotl asks for Python 3.12 and pins transformers and more. Itself without what it asks
+# for, much of which is for GPUs or clouds: below is what its commands import on the way to a training.
+PYTHON_3_12 ?= python3.12
+AXOLOTL := build/tools/axolotl
+$(AXOLOTL)/.ready: pyproject.toml
+	$(PYTHON_3_12) -m venv $(AXOLOTL)
+	$(AXOLOTL)/bin/python -m pip install torch==2.13.0
+	$(AXOLOTL)/bin/python -m pip install --no-deps axolotl==0.21.0
+	$(AXOLOTL)/bin/python -m pip install -e . torch==2.13.0 @NEEDS@
+	$(AXOLOTL)/bin/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
+	touch $@
+
+axolotl: $(AXOLOTL)/.ready  ## axolotl's commands with the plugin of examples/tools; needs Python 3.12
+	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -W default tests/tools/test_axolotl.py
 
 # transformers 5.17 needs a huggingface_hub below 2, and that an older client of HTTP.
 $(OLDEST)/.ready: $(READY)
