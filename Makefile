@@ -116,7 +116,11 @@ $(AXOLOTL)/.ready: pyproject.toml
 	$(PYTHON_3_12) -m venv $(AXOLOTL)
 	$(AXOLOTL)/bin/python -m pip install torch==2.13.0
 	$(AXOLOTL)/bin/python -m pip install --no-deps axolotl==0.21.0
-	$(AXOLOTL)/bin/python -m pip install -e . torch==2.13.0 @NEEDS@
+	$(AXOLOTL)/bin/python -m pip install -e . torch==2.13.0 accelerate==1.15.0 addict==2.4.0 art==6.5 \
+		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2 colorama==0.4.6 datasets==5.0.1 \
+		einops==0.8.2 evaluate==0.4.1 fastcore==2.2.41 fire==0.7.1 kernels==0.17.2 numba==0.68.1 peft==0.21.2 pillow==13.0.0 \
+		posthog==6.7.11 python-dotenv==1.0.1 termcolor==3.3.0 transformers==5.20.1 trl==1.14.1 wandb==0.31.0 zstandard==0.22.0 \
+		pytest pytest-timeout
 	$(AXOLOTL)/bin/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
 	touch $@
 

@@ -36,7 +36,9 @@ class Arguments(BaseModel):
 def spiking(config: LoraConfig, neuron: dict[str, Any] | None) -> SpikeLoraConfig:
     """The configuration that axolotl has made of its keys, with a neuron."""
     shared = {known.name: getattr(config, known.name) for known in fields(LoraConfig) if known.init}
-    return SpikeLoraConfig(**{k: v for k, v in shared.items() if k != "peft_type"}, **(neuron or {}))
+    # None is what axolotl has for a key that is not in the file, such as `lora_fan_in_fan_out`.
+    shared = {name: value for name, value in shared.items() if name != "peft_type" and value is not None}
+    return SpikeLoraConfig(**shared, **(neuron or {}))
 
 
 class SpikeLoraPlugin(BasePlugin):

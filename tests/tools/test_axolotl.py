@@ -26,6 +26,7 @@ def axolotl(environment, examples, base, tmp_path, monkeypatch):
             "base_model": str(base),
             "datasets": [{"path": "rows.jsonl", "ds_type": "json", "type": "completion", "field": "text"}],
             "dataset_prepared_path": "prepared",
+            "dataset_num_proc": 1,
             "plugins": ["axolotl_spikelora.SpikeLoraPlugin"],
             **{"adapter": "spikelora", "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj"]},
             **{"sequence_len": 32, "micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 3},
