@@ -8,7 +8,7 @@ TEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n log
 READY := .venv/.ready
 
 .PHONY: finetune sentiment test slow coverage quality types metadata format bench gpu study compatibility quantised tools \
-	serving versions conformance docs notebooks wheel clean
+	axolotl serving versions conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--recipe straight_through"
 	$(BIN)/python examples/spikelora_finetuning/spikelora_finetuning.py $(ARGS)
@@ -121,6 +121,25 @@ tools: $(TOOLS:%=build/tools/%/.ready)  ## other people's programs with spiking 
 	for tool in $(TOOLS); do \
 		PYTHONPATH=build/tools/$$tool OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/tools/test_$$tool.py || exit 1; \
 	done
+
+# An environment of its own, as axolotl asks for Python 3.12 and pins transformers and more. Itself without what it asks
+# for, much of which is for GPUs or clouds: below is what its commands import on the way to a training.
+PYTHON_3_12 ?= python3.12
+AXOLOTL := build/tools/axolotl
+$(AXOLOTL)/.ready: pyproject.toml
+	$(PYTHON_3_12) -m venv $(AXOLOTL)
+	$(AXOLOTL)/bin/python -m pip install torch==2.13.0
+	$(AXOLOTL)/bin/python -m pip install --no-deps axolotl==0.21.0
+	$(AXOLOTL)/bin/python -m pip install -e . torch==2.13.0 accelerate==1.15.0 addict==2.4.0 art==6.5 \
+		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2 colorama==0.4.6 datasets==5.0.1 \
+		einops==0.8.2 evaluate==0.4.1 fastcore==2.2.41 fire==0.7.1 kernels==0.17.2 numba==0.68.1 peft==0.21.2 pillow==13.0.0 \
+		posthog==6.7.11 python-dotenv==1.0.1 termcolor==3.3.0 transformers==5.20.1 trl==1.14.1 wandb==0.31.0 zstandard==0.22.0 \
+		pytest pytest-timeout
+	$(AXOLOTL)/bin/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13.0"), f"torch was replaced by {v}"'
+	touch $@
+
+axolotl: $(AXOLOTL)/.ready  ## axolotl's commands with the plugin of examples/tools; needs Python 3.12
+	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -W default tests/tools/test_axolotl.py
 
 # transformers 5.17 needs a huggingface_hub below 2, and that an older client of HTTP.
 $(OLDEST)/.ready: $(READY)

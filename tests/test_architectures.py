@@ -280,8 +280,8 @@ class TestMixtureOfExperts:
     @pytest.mark.parametrize(
         ("targets", "rest"),
         [
-            ("all-linear", r"`down_proj`, `gate\.weight`, `gate_up_proj` as well"),
-            (["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"], "`down_proj`, `gate_up_proj` as well"),
+            ("all-linear", r"`down_proj`, `gate\.weight`, `gate_up_proj`\. No gate"),
+            (["q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"], r"`down_proj`, `gate_up_proj`\. No gate"),
         ],
     )
     def test_the_attention_is_adapted_and_a_warning_names_the_rest(self, targets, rest):

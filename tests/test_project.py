@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 import yaml
-from conftest import SLOW
+from conftest import LONGEST
 
 import spikelora
 
@@ -55,4 +55,4 @@ def test_the_workflow_calls_targets_of_the_makefile():
 
 
 def test_files_that_go_first_are_there():
-    assert [name for name in SLOW if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
+    assert [name for name in LONGEST if not (ROOT / "tests" / f"test_{name}.py").exists()] == []

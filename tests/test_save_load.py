@@ -10,6 +10,7 @@ from conftest import spiking, tiny_gpt2, tiny_opt
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
 )
@@ -287,3 +288,11 @@ def test_a_module_that_is_trained_as_a_whole_may_be_named_like_lora(bias, tmp_pa
     assert torch.equal(
         loaded.base_model.model.body.lora_A["default"].weight, model.base_model.model.body.lora_A["default"].weight
     )
+
+
+def test_lora_s_configuration_does_not_read_the_file_for_a_reader_of_its_own(saved):
+    file = saved[0] / "adapter_config.json"
+    with pytest.raises(SpikeLoraError, match=r"`LoraConfig` reads it as LoRA, without its gate"):
+        LoraConfig.from_json_file(file)
+    assert type(LoraConfig.from_pretrained(saved[0])) is SpikeLoraConfig
+    assert PeftConfig.from_json_file(file) == SpikeLoraConfig.from_json_file(file)

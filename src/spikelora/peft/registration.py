@@ -4,12 +4,13 @@ import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from contextvars import ContextVar
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap, register_peft_method
@@ -24,6 +25,8 @@ from spikelora.peft.config_file import check_config_file, with_known_surrogate
 from spikelora.peft.tuner import SpikeLoraModel
 
 _NAME = "SPIKELORA"
+# Whether the file that is read makes a configuration of the method that it names.
+_by_method: ContextVar[bool] = ContextVar("by_method", default=False)
 
 
 def register() -> None:
@@ -84,6 +87,14 @@ def _from_json_file(cls: Any, /, path_json_file: Any, **kwargs: Any) -> Any:
             f"{file} is damaged ({type(error).__name__}: {error}). Copy or save the adapter again."
         ) from error
     check_config_file(file, attributes, _NAME if issubclass(cls, SpikeLoraConfig) else None)
+    # PEFT's `from_pretrained` makes a configuration of the method in the file, whatever `cls` is. Those who ask LoRA's
+    # class for a file's fields read A and B by themselves, as axolotl's merging does.
+    is_of_lora = issubclass(cls, LoraConfig) and not issubclass(cls, SpikeLoraConfig)
+    if is_of_lora and attributes.get("peft_type") == _NAME and not _by_method.get():
+        raise SpikeLoraError(
+            f"{file} is of a SPIKELORA adapter, and `{cls.__name__}` reads it as LoRA, without its gate. Load the adapter "
+            "with `PeftModel.from_pretrained`, or make a LoRA of it with `to_lora`."
+        )
     return with_known_surrogate(file, attributes)
 
 
@@ -91,7 +102,11 @@ def _from_pretrained(
     cls: Any, /, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
 ) -> Any:
     """PEFT's own, which transformers calls on `PeftConfig`; here it also checks a spiking adapter's folder."""
-    config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+    token = _by_method.set(True)
+    try:
+        config = super(PeftConfig, cls).from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+    finally:
+        _by_method.reset(token)
     if cls is PeftConfig and isinstance(config, SpikeLoraConfig):
         config.check_folder(pretrained_model_name_or_path, subfolder, **kwargs)
     return config
