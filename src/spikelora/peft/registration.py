@@ -92,8 +92,8 @@ def _from_json_file(cls: Any, /, path_json_file: Any, **kwargs: Any) -> Any:
     is_of_lora = issubclass(cls, LoraConfig) and not issubclass(cls, SpikeLoraConfig)
     if is_of_lora and attributes.get("peft_type") == _NAME and not _by_method.get():
         raise SpikeLoraError(
-            f"{file} is of a SPIKELORA adapter, and `{cls.__name__}` reads it as LoRA, without its gate. Load the adapter "
-            "with `PeftModel.from_pretrained`, or make a LoRA of it with `to_lora`."
+            f"{file} is of a SPIKELORA adapter, and `{cls.__name__}` reads it as LoRA, without its gate. Load the "
+            "adapter with `PeftModel.from_pretrained`, or make a LoRA of it with `to_lora`."
         )
     return with_known_surrogate(file, attributes)
 
