@@ -33,7 +33,7 @@ def prune_ranks(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
 
     Raises:
         SpikeLoraError: for a model without spiking adapters or their configurations, no batches or no tokens. The model
-        is then as it was.
+            is then as it was.
     """
     fired: dict[Gated, Tensor] = {}
 

@@ -50,15 +50,15 @@ class SpikeLoraConfig(LoraConfig):
             the gate wider, down to plain LoRA.
         tau: membrane time constant, > 1.
         surrogate: the gradient of the gate by `a`. "atan" is the paper's surrogate gradient; "straight_through" is a
-        straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
+            straight-through estimator in a window below the threshold, see `spikelora.method.neuron.spike_gate`.
         surrogate_alpha: sharpness of that gradient, > 0; the larger, the narrower.
         learn_threshold: train one threshold per module.
         learn_tau: train one time constant per module, kept above 1.
         threshold_pattern: thresholds of single modules, by name or regular expression, matched like `rank_pattern`.
         target_sparsity: share of silent activations, between 0 and 1. A `SparsityControlCallback` holds it during
-        training by moving the thresholds; without the callback it does nothing.
+            training by moving the thresholds; without the callback it does nothing.
         target_scope: what has to reach the target: each "module", or the "adapter" as a whole, whose modules then
-        differ in their sparsity.
+            differ in their sparsity.
         target_tolerance: how far from the target the adapter may end before the callback warns.
 
     Raises:
@@ -229,7 +229,7 @@ class SpikeLoraConfig(LoraConfig):
             name_or_path: a local folder, or a hub repository from which the weights are fetched.
             subfolder: where in there the adapter is.
             needed: whether weights have to be there. A saved adapter, whose configuration has `inference_mode` set,
-            needs them; a configuration that was saved by itself does not.
+                needs them; a configuration that was saved by itself does not.
             kwargs: further arguments for the hub, such as `revision`.
         """
         folder = Path(name_or_path, subfolder or "")

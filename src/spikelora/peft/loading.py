@@ -68,7 +68,7 @@ def check_fit(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]
         model: the model with the adapter's layers.
         adapter_name: the adapter.
         tensors: by their names in the model; if it is not a `PeftModel`, the names may also have a `PeftModel`'s
-        prefix.
+            prefix.
         swapped: whether it replaces another adapter, which may have another rank and more modules.
     """
     state = {key.removeprefix(_PREFIX): value for key, value in model.state_dict().items()}

@@ -33,7 +33,7 @@ class SpikeLoraModel(LoraModel):
 
     Raises:
         SpikeLoraError: for a target whose layer cannot have a gate, for damaged adapter tensors, and for every attempt
-        to merge, weight or convert.
+            to merge, weight or convert.
     """
 
     @staticmethod

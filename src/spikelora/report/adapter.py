@@ -75,7 +75,7 @@ def read_adapter(folder: Path, spiking: bool = True) -> Adapter:
 
     Raises:
         SpikeLoraError: if it is of another method, damaged or incomplete, with the file, field or module and the
-        remedy.
+            remedy.
     """
     config: PeftConfig = SpikeLoraConfig.from_pretrained(folder) if spiking else PeftConfig.from_pretrained(folder)
     if isinstance(config, SpikeLoraConfig):

@@ -66,8 +66,8 @@ def calibrate_thresholds(
 
     Raises:
         SpikeLoraError: for a target outside (0, 1), an unknown scope, a model without spiking adapters, no batches or
-        no tokens. If each module has to reach the target, also for a module whose activations are the same for all
-        tokens, or for which no finite threshold comes within 0.03 of it. All thresholds are then as they were.
+            no tokens. If each module has to reach the target, also for a module whose activations are the same for all
+            tokens, or for which no finite threshold comes within 0.03 of it. All thresholds are then as they were.
     """
     check_target("target_sparsity", target_sparsity)
     check_scope("target_scope", target_scope)

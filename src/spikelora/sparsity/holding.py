@@ -46,7 +46,7 @@ class SparsityControlCallback(TrainerCallback, ExportableState):
 
     Raises:
         SpikeLoraError: at the start of the training, if no active adapter has a `target_sparsity`, if the training
-        resumes from a checkpoint without the checkpoint's thresholds, and under `torch.nn.DataParallel`.
+            resumes from a checkpoint without the checkpoint's thresholds, and under `torch.nn.DataParallel`.
     """
 
     def __init__(self, warmup_ratio: float = 0.1, gain: float = 0.1) -> None:

@@ -107,7 +107,7 @@ class SparsityMeter:
 
     Raises:
         SpikeLoraError: if the model has no spiking adapter, under `torch.nn.DataParallel`, and if accelerate has
-        offloaded an adapter.
+            offloaded an adapter.
     """
 
     def __init__(

@@ -104,7 +104,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
 
     Raises:
         SpikeLoraError: if the model has no spiking adapter, or one on the meta device; while it runs, also under
-        `torch.nn.DataParallel`.
+            `torch.nn.DataParallel`.
     """
     found = gates(model)
     for gated in found:
