@@ -111,6 +111,7 @@ def test_a_command_that_is_killed_leaves_a_whole_folder_or_none(tmp_path):
 
 @pytest.mark.compatibility("Reliability", "the example killed while it saves", note="the old adapter or the new one")
 def test_the_example_killed_while_it_saves(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as where a script is run
     script = runpy.run_path(str(SCRIPT))
     save = script["save"]
     monkeypatch.setitem(save.__globals__, "check_reload", lambda *arguments: "")  # has tests of its own, and is slow
