@@ -120,10 +120,14 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def rank_of_lora(r: int, ledger: Ledger) -> int:
+    """The rank of LoRA with the operations that a spiking adapter of rank `r` needs where silence is skipped."""
+    return max(1, round(r * ledger.effective.macs / ledger.lora_unmerged.macs))
+
+
 def as_lora(options: Options, ledger: Ledger) -> Options:
     """The flags for LoRA with the operations that the spiking adapter needs where silence is skipped, scaled alike."""
-    share = ledger.effective.macs / ledger.lora_unmerged.macs
-    r = max(1, round(options.lora_r * share))
+    r = rank_of_lora(options.lora_r, ledger)
     alike = (r / options.lora_r) ** (0.5 if options.use_rslora else 1)
     return replace(options, lora_r=r, lora_alpha=max(1, round(options.lora_alpha * alike)))
 

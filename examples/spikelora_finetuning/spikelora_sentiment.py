@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging
 
 from options import flag
-from results import FiguresInBar, console, next_step
+from results import FiguresInBar, console, next_step, rank_of_lora
 from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError, operations
 from texts import load_rows
 
@@ -177,8 +177,7 @@ def main() -> None:
         found["SpikeLoRA"] = probabilities(training, data["test"])
     report = meter.report()
 
-    ledger = operations(spiking, report)
-    r = max(1, round(options.lora_r * ledger.effective.macs / ledger.lora_unmerged.macs))
+    r = rank_of_lora(options.lora_r, operations(spiking, report))
     print(f"\nPlain LoRA of rank {r}, which needs as many operations, with its head:")
     training = trainer(get_peft_model(fresh(), adapter_config(LoraConfig, r)), data["train"], collator, options)
     training.train()
