@@ -21,7 +21,7 @@ from spikelora import SparsityMeter, SpikeLoraConfig, SpikeLoraError
 from spikelora.method.gate import SpikeGate
 from spikelora.report.adapter import read_adapter
 from spikelora.report.figures import by_layer, percent, plot_curves, plot_grid, shade, whole_percent
-from spikelora.report.html import render, results, run_names, summary, write_report
+from spikelora.report.html import differing, render, results, run_names, summary, write_report
 from spikelora.report.run import read_run, read_runs
 
 TOKENS = torch.arange(3, 31).view(2, 14)
@@ -353,7 +353,7 @@ def test_the_script_finds_the_points_where_the_figure_has_them():
 
 def test_a_loss_that_is_no_number_leaves_a_gap():
     svg = plot_curves("one", {("loss", ""): [(1, 0.5), (2, math.nan), (3, 0.25)]}, "step", "loss")
-    assert curves_of(svg)["curves"][0]["points"] == [[1, 0.5], [3, 0.25]]
+    assert curves_of(svg)["curves"][0]["points"] == [[1, 0.5], [2, None], [3, 0.25]]
     assert 'aria-label="loss by step: loss from 0.5 to 0.25"' in svg
 
 
@@ -387,7 +387,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.references += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href", "action", "data")]
-        if tag == "svg":
+        if tag == "svg" and "aria-label" in attributes:
             self.figures.append(attributes["aria-label"])
         if tag == "tr":
             self.rows.append([])
@@ -547,19 +547,111 @@ def test_the_page_allows_its_own_script_alone(adapter_folder):
     assert f"script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" in html
 
 
-def test_a_pointer_over_a_curve_shows_the_step_and_the_values(run_folder, tmp_path):
-    point = """<script>
-const svg = document.querySelector("svg[data-curves]"), { x: [x0, dx] } = JSON.parse(svg.dataset.curves);
-const { x, y } = new DOMPoint(x0 + 19 * dx, 50).matrixTransform(svg.getScreenCTM());
-svg.dispatchEvent(new PointerEvent("pointermove", { clientX: x, clientY: y }));
-document.title = svg.parentElement.querySelector("output").innerText;
-svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
-</script></body>"""
+def act(runs, script, tmp_path):
+    """The document after a script has acted on the page, and what the script has put into its title."""
     output = tmp_path / "report.html"
-    html = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", render(read_runs([run_folder])))
-    output.write_text(html.replace("</body>", point))
+    html = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", render(runs))
+    output.write_text(html.replace("</body>", f"<script>{HANDS}{script}</script></body>"))
     dom, messages = browse(output, tmp_path)
     assert messages == []
-    assert re.search(r"<title>step 20\s+loss 3.5</title>", dom)
+    return dom, unescape(re.search(r"<title>(.*?)</title>", dom, re.DOTALL)[1])
+
+
+# Where a step is on the screen, an input that is set, and what a figure shows: its curves by their ids, and its ticks.
+HANDS = """
+const svg = document.querySelector("svg[data-curves]"), data = JSON.parse(svg.dataset.curves);
+const at = step => new DOMPoint(data.x[0] + step * data.x[1], 50).matrixTransform(svg.getScreenCTM());
+const point = (kind, step, more = {}) => svg.dispatchEvent(new PointerEvent(kind, {
+  clientX: at(step).x, clientY: at(step).y, pointerType: "mouse", button: 0, ...more }));
+const put = (name, value) => {
+  const input = document.querySelector(`[name=${name}]`);
+  input.value = value;
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const press = name => [...document.querySelectorAll(".legend button")].find(b => b.textContent === name).click();
+const seen = kind => [...svg.querySelectorAll(kind)].filter(e => e.getClientRects().length);
+const read = kind => seen(kind).map(e => e.textContent);
+const drawn = () => seen("[id*=-curve-]").map(e => e.id.split("-").at(-1)).join(" ");
+const ends = n => svg.querySelectorAll("[id*=-curve-]")[n].querySelector("path:last-of-type").getAttribute("d")
+  .match(/[\\d.-]+/g).map(Number);
+"""
+
+
+def test_a_pointer_over_a_curve_shows_the_step_and_the_values(run_folder, tmp_path):
+    script = """point("pointermove", 19);
+document.title = svg.parentElement.querySelector("output").innerText;
+svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));"""
+    dom, title = act([read_run(run_folder)], script, tmp_path)
+    assert re.fullmatch(r"step 20\s+loss 3.5", title)
     shown = re.search(r"<output[^>]*>(.*?)</output>", dom)[1]
     assert re.sub(r"<[^>]*>", " ", shown).split() == ["step", "10", "loss", "4.5", "eval_loss", "4.25"]
+
+
+def test_a_name_below_a_figure_switches_its_curve_off_and_on(run_folder, tmp_path):
+    script = """const before = read("text").join(" "), told = [drawn()];
+press("loss");
+told.push(drawn(), read("text").filter(Number).join(" "));
+point("pointermove", 12);
+told.push(svg.parentElement.querySelector("output").innerText.replace(/\\s+/g, " "));
+press("loss");
+document.title = [...told, drawn(), before === read("text").join(" ")].join("; ");"""
+    dom, title = act([read_run(run_folder)], script, tmp_path)
+    # The one point that is left, 4.25, is in the middle of an axis that is fitted to it.
+    first, second, ticks, shown, *last = title.split("; ")
+    assert (first, second, shown, last) == ("0 1", "1", "step 10 eval_loss 4.25", ["0 1", "true"])
+    assert [tick for tick in ticks.split() if "." in tick] == ["3.8", "4.0", "4.2", "4.4", "4.6"]
+    assert dom.count('aria-pressed="true"') == len(re.findall(r'"label"', unescape(dom)))
+
+
+def test_a_range_of_steps_is_for_all_figures_over_steps(run_folder, tmp_path):
+    script = """const whole = ends(0), all = document.querySelectorAll("svg[data-curves]").length;
+point("pointerdown", 15, { pointerId: 1 });
+point("pointermove", 30);
+point("pointerup", 30);
+const [from, to] = ["from", "to"].map(name => document.querySelector(`[name=${name}]`).value);
+const last = ends(0).slice(-2);
+const changed = [...document.querySelectorAll("svg[data-curves] [id*=-xtick_1]")].filter(tick => tick.style.display);
+svg.dispatchEvent(new MouseEvent("dblclick"));
+document.title = [from, to, last[0] > data.box[0] && last[0] < data.box[2], changed.length, all,
+  ends(0).every((n, i) => Math.abs(n - whole[i]) < 1e-6), document.querySelector("[name=from]").value].join(" ");"""
+    script = f"svg.setPointerCapture = () => {{}};\n{script}"  # a made-up pointer cannot be captured
+    _, title = act([read_run(run_folder)], script, tmp_path)
+    assert title == "20 20 true 3 4 true "
+
+
+def test_smoothing_is_that_of_tensorboard_beside_the_values_themselves(run_folder, tmp_path):
+    script = """put("smoothing", 0.5);
+const [zero, one] = data.y, y = ends(0)[3];
+point("pointermove", 20);
+document.title = `${((y - zero) / one).toFixed(4)} ${svg.parentElement.querySelector("output").innerText}`;
+document.querySelector("[type=reset]").click();"""
+    dom, title = act([read_run(run_folder)], script, tmp_path)
+    mean = (0.25 * 4.5 + 0.5 * 3.5) / 0.75
+    assert re.fullmatch(rf"{mean:.4f} step 20\s+loss 3.5 smoothed {mean:.4f}", title)
+    assert dom.count("opacity: 0.35") == 0
+
+
+def test_a_run_is_switched_off_in_all_figures(run_folder, lora_folder, tmp_path):
+    script = """const box = document.querySelector("input[value=adapter]");
+box.click();
+const left = [...document.querySelectorAll(".legend button")].filter(b => b.offsetParent).map(b => b.textContent);
+document.title = [drawn(), ...left].join("; ");"""
+    dom, title = act(read_runs([run_folder, lora_folder]), script, tmp_path)
+    # Thresholds have no steps, and stay.
+    assert title == "2 3; loss, lora; eval_loss, lora; fc1; fc2"
+    assert len(re.findall(r'<div class="figure" hidden', dom)) == 2
+
+
+def test_settings_that_differ_are_in_a_table_and_so_told_in_bold(run_folder, tmp_path):
+    assert differing(["a: 1\nb: x y \nonly: 2\nlist:\n  - 3\n"]) == {}
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other)
+    (other / "config.yaml").write_text("data_path: <b>&.txt\nseed: 1\nrates:\n- 0.1\n")
+    html = render(read_runs([run_folder, other]))
+    assert ["seed", "", "1"] in Page(html).rows
+    assert ["data_path", "<b>&.txt", "<b>&.txt"] not in Page(html).rows
+    assert "differs" not in html.partition("<main>")[2]
+    config = json.loads((other / "adapter_config.json").read_text()) | {"lora_alpha": 12}
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    html = render(read_runs([run_folder, other]))
+    assert re.findall(r'<tr class="differs"><th scope="row">([^<]*)', html) == ["lora_alpha", "scaling"]

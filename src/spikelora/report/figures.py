@@ -114,7 +114,7 @@ def plot_curves(
     from matplotlib.ticker import MaxNLocator
 
     labels = list(dict.fromkeys(label for label, _ in curves))
-    drawn = []
+    drawn: list[dict[str, Any]] = []
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT)
     # Text stays text: it can be searched, and takes the page's font; a dollar in a folder's name is no formula.
     style: Any = {
@@ -134,19 +134,22 @@ def plot_curves(
             shape = labels.index(label)
             colour = _COLOURS[(runs.index(run) if runs else shape) % len(_COLOURS)]
             text = f"{label}, {run}" if runs else label
+            every = -(-len(points) // _MARKED)
             axes.plot(
                 *zip(*points, strict=True),
                 label=text,
+                gid=f"curve-{len(drawn)}",
                 color=colour,
                 linestyle=_LINES[shape % len(_LINES)] if runs else "-",
                 linewidth=1.6,
                 marker=_MARKERS[shape % len(_MARKERS)],
                 markersize=4,
-                markevery=-(-len(points) // _MARKED),
+                markevery=every,
             )
-            numbers = [(x, float(f"{y:.5g}")) for x, y in points if math.isfinite(y)]
-            drawn.append({"label": text, "colour": colour, "points": numbers})
-        axes.set(xlabel=x_label, ylabel=y_label)
+            numbers = [(x, float(f"{y:.5g}") if math.isfinite(y) else None) for x, y in points]
+            drawn.append({"label": text, "run": run, "colour": colour, "every": every, "points": numbers})
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label, labelpad=14)  # room for the longer numbers of a part of the figure
         if ticks is None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
@@ -154,7 +157,7 @@ def plot_curves(
             axes.set_xticks(range(0, len(ticks), step), ticks[::step])
         axes.grid(linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower center", frameon=False, ncols=columns)
+        legend = figure.legend(loc="outside lower center", frameon=False, ncols=columns)
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -164,6 +167,7 @@ def plot_curves(
     (zero_x, zero_y), (one_x, one_y) = axes.transData.transform([(0, 0), (1, 1)])
     height = figure.bbox.height
     data = {
+        "height": height - legend.get_window_extent().y1,  # without the legend, of which the script makes buttons
         "box": [left, height - high, right, height - low],
         "x": [zero_x, one_x - zero_x],
         "y": [height - zero_y, zero_y - one_y],
@@ -206,5 +210,5 @@ def _inline(svg: str, name: str, label: str, data: str) -> str:
 
 
 def _in_words(drawn: list[dict[str, Any]]) -> str:
-    ends = ((curve["label"], *curve["points"][:1], *curve["points"][-1:]) for curve in drawn if curve["points"])
-    return "; ".join(f"{label} from {first:.4g} to {last:.4g}" for label, (_, first), (_, last) in ends)
+    numbers = {curve["label"]: [y for _, y in curve["points"] if y is not None] for curve in drawn}
+    return "; ".join(f"{label} from {ys[0]:.4g} to {ys[-1]:.4g}" for label, ys in numbers.items() if ys)

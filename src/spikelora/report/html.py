@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from hashlib import sha256
@@ -109,6 +110,7 @@ def render(runs: Sequence[Run], watching: bool = False) -> str:
             if run.adapter and isinstance(run.adapter.config, SpikeLoraConfig)
         ],
         settings={name: run.settings for name, run in named.items() if run.settings},
+        differing=differing([run.settings for run in runs if run.settings]),
     )
 
 
@@ -125,6 +127,12 @@ def side_by_side(facts: Any) -> dict[str, list[str]]:
     columns = list(facts)
     labels = dict.fromkeys(label for column in columns for label in column)
     return {label: [column.get(label, "") for column in columns] for label in labels}
+
+
+def differing(settings: Sequence[str]) -> dict[str, list[str]]:
+    """The settings in which runs differ, of those that have a line of their own; empty for a single run."""
+    columns = [dict(re.findall(r"^([\w.-]+):[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE)) for text in settings]
+    return {label: values for label, values in side_by_side(columns).items() if len({*values}) > 1}
 
 
 def _range(values: Any) -> str:
