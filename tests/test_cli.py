@@ -1,6 +1,7 @@
 """The command, as a shell calls it: what it prints and writes, and its exit status."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,35 @@ def test_report_watches_a_run(adapter, tmp_path, monkeypatch, capsys):
     assert seen[4] == seen[5] != seen[6] == seen[7] != seen[8]
     assert refresh not in page.read_text()
     assert lines[-1] == f"The report is in {page}"
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "adapter_config.json", None])
+def test_a_report_of_a_folder_that_is_being_written_says_how_to_wait(adapter, tmp_path, capsys, name):
+    """Half of a file that the run writes, or a folder with nothing in it yet; the hint ends when the writing has."""
+    run = tmp_path / "run"
+    if name:
+        shutil.copytree(adapter, run)
+        (run / name).write_bytes(b'{"half')
+    else:
+        run.mkdir()
+    hint = "With --watch the report waits until it has."
+    page = tmp_path / "page.html"
+    assert (name or "has no adapter_config.json") in status("report", run, "--output", page)
+    assert hint in capsys.readouterr().err
+    for path in (run, *run.iterdir()):
+        os.utime(path, (0, 0))
+    assert (name or "has no adapter_config.json") in status("report", run, "--output", page)
+    assert hint not in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_a_file_that_goes_while_a_report_reads_it_is_told(adapter, tmp_path, monkeypatch):
+    def gone(folders):
+        raise FileNotFoundError("checkpoint-20/trainer_state.json")
+
+    monkeypatch.setattr("spikelora.report.run.read_runs", gone)
+    said = status("report", adapter, "--output", tmp_path / "page.html")
+    assert said == "A file of the run cannot be read (checkpoint-20/trainer_state.json). Run the command again."
 
 
 def test_watching_what_never_was_a_run_ends_with_1(tmp_path, monkeypatch):

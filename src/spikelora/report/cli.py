@@ -89,12 +89,19 @@ def report(
     from spikelora.report.html import write_report
     from spikelora.report.run import read_runs
     from spikelora.report.tables import run_tables
-    from spikelora.report.watch import watch_runs
+    from spikelora.report.watch import is_written_to, watch_runs
 
     if watch:
         found = watch_runs(runs, lambda found: _writing(write_report, found, output, True), typer.echo)
     else:
-        found = read_runs(runs)
+        try:
+            found = read_runs(runs)
+        except (SpikeLoraError, OSError) as error:
+            if is_written_to(runs):
+                typer.echo("A run seems to be writing there. With --watch the report waits until it has.", err=True)
+            if isinstance(error, OSError):  # such as a checkpoint that the run has removed meanwhile
+                raise SpikeLoraError(f"A file of the run cannot be read ({error}). Run the command again.") from error
+            raise
     _writing(write_report, found, output)
     console = _console()
     for table in run_tables(found):

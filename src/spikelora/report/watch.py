@@ -7,6 +7,7 @@ from pathlib import Path
 from spikelora.errors import SpikeLoraError
 from spikelora.report.run import Run, read_runs
 
+LATELY = 60.0  # seconds since something was written in which a run may still go on
 _PAUSE = 2.0  # seconds between two looks at the folders
 _READ = (".json", ".yaml", ".safetensors")
 
@@ -53,6 +54,12 @@ def watch_runs(
             if not found:
                 raise
             return found
+
+
+def is_written_to(folders: Sequence[Path]) -> bool:
+    """Whether the folders, or the files that are read in them, were written lately."""
+    newest = max([folder.stat().st_mtime_ns for folder in folders] + [written for _, written, _ in _state(folders)])
+    return time.time() - newest / 1e9 < LATELY
 
 
 def _state(folders: Sequence[Path]) -> list[tuple[Path, int, int]]:
