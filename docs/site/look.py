@@ -134,3 +134,39 @@ def test_a_phone_has_the_menu(browser, address):
     page.get_by_role("link", name="Home", exact=True).first.wait_for(state="visible")  # the page itself has no link
     assert look.wrong == []
     page.close()
+
+
+@pytest.mark.parametrize(("size", "colours"), [(SCREEN, "light"), (PHONE, "dark")])
+def test_the_sample_report_is_a_link_away_and_can_be_looked_into(size, colours, browser, address):
+    look = Look(browser, address, size, colours)
+    page = look.at("report.html")
+    assert page.locator(".sample").count() == 5
+    page.get_by_role("link", name="Open the sample report").click()
+    page.wait_for_url("**/sample_report.html")
+    figure = page.locator("svg[data-curves]").first
+    figure.scroll_into_view_if_needed()
+    box = figure.bounding_box()
+    across = [box["x"] + share * min(box["width"], size["width"]) for share in (0.4, 0.6)]
+    page.mouse.move(across[0], box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(across[1], box["y"] + 100)
+    page.mouse.up()
+    held_out = page.get_by_role("button", name="eval_loss, lora")
+    held_out.press("Space")
+    page.locator("[name=smoothing]").press("ArrowRight")
+    for _ in ("as set", "after a reload, as of a run that goes on"):
+        first, last = (int(page.locator(f"[name={name}]").input_value()) for name in ("from", "to"))
+        assert 0 < first < last < 40
+        assert held_out.get_attribute("aria-pressed") == "false"
+        assert page.locator("[name=smoothing]").input_value() == "0.02"
+        figure.focus()
+        figure.press("ArrowRight")
+        shown = page.locator(".curves output").first.inner_text()
+        assert shown.startswith(f"step {first}\n")
+        assert "smoothed" in shown
+        page.reload()
+    page.get_by_role("button", name="Show all").click()
+    assert page.locator("[name=from]").input_value() == ""
+    assert held_out.get_attribute("aria-pressed") == "true"
+    assert look.wrong == []
+    page.close()
