@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikelora import SpikeLoraConfig
 from spikelora.method.neuron import spike_gate
-from spikelora.method.ops.linear import Adapter, spike_linear
+from spikelora.method.ops.adapter import Adapter
+from spikelora.method.ops.linear import spike_linear
 
 from .check import TOLERANCE, CheckError, check_methods, relative_error
 from .models import BASE, LORA, OURS, VOCABULARY, Method, base_model, methods

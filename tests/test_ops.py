@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikelora.method.neuron import spike_gate
 from spikelora.method.ops import frozen, linear, torch_backend
-from spikelora.method.ops.linear import Adapter, spike_branch, spike_linear
+from spikelora.method.ops.adapter import Adapter
+from spikelora.method.ops.linear import spike_branch, spike_linear
 
 ALPHA, SCALING = 2.0, 1.5
 STRAIGHT_THROUGH = False
@@ -127,6 +128,18 @@ def test_float32(path, tokens, r):
     expected = run(oracle, {name: v.double() for name, v in t.items()})
     expected = {name: v.float() for name, v in expected.items()}
     assert_same(run(path, t), expected, rtol=1e-5, atol=3e-6)
+
+
+@both_gradients
+@pytest.mark.parametrize("tokens", [(), (0,), (1,), (2, 0), (3, 1, 2), (128,), (129,)], ids=str)
+def test_few_tokens_with_fixed_numbers(tokens, monkeypatch):
+    taken, inner = [], linear.linear_of_few
+    monkeypatch.setattr(linear, "linear_of_few", lambda *operands: taken.append(operands) or inner(*operands))
+    t, leaves = tensors(tokens, 37, 20, 8), ("x", "bias", "A", "B")
+    expected = run(oracle, {name: v.double() for name, v in t.items()}, leaves)
+    actual = run(fused, t, leaves)
+    assert len(taken) == (math.prod(tokens) <= 128)
+    assert_same(actual, {name: v.float() for name, v in expected.items()}, rtol=1e-5, atol=3e-6)
 
 
 @both_gradients
@@ -462,11 +475,11 @@ def autocast_oracle(t):
 
 
 @both_gradients
-def test_autocast_around_the_backward_alone_changes_nothing():
+@pytest.mark.parametrize("names", [LEAVES, LEAVES[:4]], ids=["learned", "fixed"])
+def test_autocast_around_the_backward_alone_changes_nothing(names):
     t = tensors((3, 40), 37, 20, 8)
-    t = {name: v.requires_grad_() if name in LEAVES else v for name, v in t.items()}
+    leaves = [t[name].requires_grad_() for name in names]
     y = fused(t)
-    leaves = [t[name] for name in LEAVES]
     expected = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert_all_equal(torch.autograd.grad(y.sum(), leaves), expected)

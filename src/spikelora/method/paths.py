@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from spikelora.errors import SpikeLoraError
 from spikelora.method.composed import is_transformed
 from spikelora.method.gate import SpikeGate
-from spikelora.method.ops.linear import Adapter, is_autocast
+from spikelora.method.ops.adapter import Adapter, is_autocast
 
 # The types of an adapter's parts, unless somebody has replaced them.
 _PARTS = {

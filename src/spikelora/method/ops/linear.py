@@ -8,39 +8,21 @@ from `x`, `a` and the dropout's mask.
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spikelora.errors import SpikeLoraError
-from spikelora.method.composed import as_saved, composed_gate, gradients, is_differentiated_again
+from spikelora.method.composed import as_saved, is_differentiated_again
 from spikelora.method.ops import torch_backend
+from spikelora.method.ops.adapter import Adapter, as_new, is_autocast, scale_of, tokens_of, without_autocast
+from spikelora.method.ops.few_tokens import firing_of_few, linear_of_few
 from spikelora.method.ops.frozen import product, product_backward
+from spikelora.method.ops.second_backward import composed_backward
 
 _MAX_TRITON_RANK = 256  # the kernels are tested up to this rank
-
-
-class Adapter(NamedTuple):
-    """The tensors and numbers of one adapter in one layer.
-
-    `A (r, in)` and `B (out, r)` share a dtype, `v_threshold (1,)` and `tau (1,)` are float32, and `dropout` is the
-    probability in force now: 0 in evaluation. `observers` are called with `a (N, r)`.
-    """
-
-    A: Tensor
-    B: Tensor
-    v_threshold: Tensor
-    tau: Tensor
-    surrogate_alpha: float
-    straight_through: bool
-    scaling: float
-    dropout: float
-    observers: tuple[Callable[[Tensor], None], ...] = ()
 
 
 def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
@@ -63,10 +45,13 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
 def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     """The same, once autocast is off or its casts are made."""
     if torch.is_grad_enabled():
+        number = firing_of_few(x, weight, adapter)
+        if number is not None:
+            return linear_of_few(x, weight, bias, adapter, number)
         y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
     y = product(x, weight, bias).contiguous()
-    tokens, out = _tokens(x), y.view(-1, y.shape[-1])
+    tokens, out = tokens_of(x), y.view(-1, y.shape[-1])
     A, B, v_threshold, tau, _, _, scaling, dropout, observers = adapter
     if dropout or observers:
         _add_adapter_(out, tokens, adapter, need_a=False)
@@ -96,14 +81,8 @@ def spike_branch(y: Tensor, x: Tensor, adapter: Adapter, in_place: bool) -> Tens
         out: Tensor = _SpikeBranch.apply(y, in_place, x, *adapter)
         return out
     out = y if in_place else y.clone(memory_format=torch.contiguous_format)
-    _add_adapter_(_tokens(out), _tokens(x), adapter, need_a=False)
+    _add_adapter_(tokens_of(out), tokens_of(x), adapter, need_a=False)
     return out
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    # torch 2.11 cannot compile `torch.amp.is_autocast_available`; only meta tensors have no autocast.
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 class _SpikeLinear(torch.autograd.Function):
@@ -119,24 +98,24 @@ class _SpikeLinear(torch.autograd.Function):
         tau: Tensor,
         *numbers: Any,
     ) -> Tensor:
-        tokens = _tokens(x)
+        tokens = tokens_of(x)
         y = product(tokens, weight, bias)
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers = numbers
         neuron = as_saved(v_threshold), as_saved(tau)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron, weight)
-        return y if tokens is x and not torch.compiler.is_compiling() else _as_new(y, x)
+        return y if tokens is x and not torch.compiler.is_compiling() else as_new(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
         *saved, weight = ctx.saved_tensors
         if is_differentiated_again():
-            composed = _composed_backward(grad_y, need_x, needs, saved, ctx.numbers, weight)
-            grad_bias = _tokens(grad_y).sum(0) if need_bias else None
+            composed = composed_backward(grad_y, need_x, needs, saved, ctx.numbers, weight)
+            grad_bias = tokens_of(grad_y).sum(0) if need_bias else None
             return composed[0], None, grad_bias, *composed[1:], *(None,) * 5
-        with _without_autocast(grad_y):
-            tokens = _tokens(grad_y)
+        with without_autocast(grad_y):
+            tokens = tokens_of(grad_y)
             grad_x = product_backward(tokens, weight) if need_x else None
             grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
             grad_bias = tokens.sum(0) if need_bias else None
@@ -162,20 +141,20 @@ class _SpikeBranch(torch.autograd.Function):
             ctx.mark_dirty(y)
         else:
             y = y.clone(memory_format=torch.contiguous_format)
-        a, mask = _add_adapter_(_tokens(y), _tokens(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
+        a, mask = _add_adapter_(tokens_of(y), tokens_of(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers, ctx.x_dtype = numbers, x.dtype
         neuron = as_saved(v_threshold), as_saved(tau)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron)
-        return _as_new(y, x) if torch.compiler.is_compiling() else y
+        return as_new(y, x) if torch.compiler.is_compiling() else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         _, _, need_x, *needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
         if is_differentiated_again():
-            return grad_y, None, *_composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 5
-        with _without_autocast(grad_y):
-            tokens, grad_x = _tokens(grad_y), None
+            return grad_y, None, *composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 5
+        with without_autocast(grad_y):
+            tokens, grad_x = tokens_of(grad_y), None
             if need_x:
                 grad_x = tokens.new_zeros(tokens.shape[0], saved[3].shape[1], dtype=ctx.x_dtype)
             grads = _adapter_backward(tokens, grad_x, saved, ctx.numbers, needs)
@@ -184,57 +163,10 @@ class _SpikeBranch(torch.autograd.Function):
         return grad_y, None, grad_x, *grads, *(None,) * 5
 
 
-def _composed_backward(
-    grad_y: Tensor,
-    need_x: bool,
-    needs: list[bool],
-    saved: Sequence[Tensor],
-    numbers: tuple[Any, ...],
-    weight: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the input, A, B, v_threshold and tau by torch's own rules, for a second backward."""
-    x, _, mask, A, B, v_threshold, tau = saved
-    surrogate_alpha, straight_through, scaling, dropout, _ = numbers
-    if x is None:
-        raise SpikeLoraError(
-            "A second backward needs the input of each spiking layer, which is not kept if `lora_A` is frozen. "
-            "Train `lora_A` as well, or take the plain path with `with force_path(Path.PLAIN)`."
-        )
-
-    def forward(x: Tensor, A: Tensor, B: Tensor, v_threshold: Tensor, tau: Tensor) -> Tensor:
-        dropped = x if mask is None else x * mask.view(x.shape) * _kept(dropout)
-        gated = composed_gate(F.linear(dropped.to(A.dtype), A), v_threshold, tau, surrogate_alpha, straight_through)
-        y = (F.linear(gated, B) * scaling).to(grad_y.dtype)
-        return y if weight is None else y + F.linear(x, weight.to(x.dtype))
-
-    with _without_autocast(grad_y):
-        return tuple(gradients(forward, (x, A, B, v_threshold, tau), (need_x, *needs), grad_y))
-
-
-def _as_new(y: Tensor, x: Tensor) -> Tensor:
-    """`y` with the leading dimensions of `x`, for an autograd function to return.
-
-    It must not be a view, or the layers above could not change it in place. For a compiler it must not be a tensor that
-    was changed in place either: torch 2.11 would then train A and B with gradients of zero, without an error.
-    """
-    unsafe_view: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
-    return unsafe_view
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """`x (..., features)` as `(N, features)`; `x` itself if it has that shape, as every view costs an autograd node."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
     """The operands as autocast would cast them, with casts that autograd sees."""
     dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype))
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """A backward with the dtypes of the forward, even if autocast is on around it."""
-    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -246,7 +178,7 @@ def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple
         if x.dtype == A.dtype:
             x = dropped
         else:  # PEFT drops out in a float32 copy; here `x / (1 - dropout)` would be rounded, which moves spikes
-            x, scale = x * mask, _kept(dropout)
+            x, scale = x * mask, scale_of(dropout)
     need_a = need_a or bool(observers)
     a = _backend(y, A).add_adapter_(y, x, A, B, v_threshold, tau, scale, scaling, need_a)
     for observe in observers:
@@ -260,21 +192,16 @@ def _adapter_backward(
     """Gradients of `A`, `B`, `v_threshold` and `tau`; adds the adapter's part into `grad_x (N, in)` if given."""
     x, a, mask, A, B, v_threshold, tau = saved
     surrogate_alpha, straight_through, scaling, dropout, _ = numbers
-    tokens, part, scale = _tokens(x) if needs[0] else None, grad_x, 1.0
+    tokens, part, scale = tokens_of(x) if needs[0] else None, grad_x, 1.0
     if mask is not None:
         tokens = None if tokens is None else tokens * mask
-        part, scale = None if grad_x is None else torch.zeros_like(grad_x), _kept(dropout)
+        part, scale = None if grad_x is None else torch.zeros_like(grad_x), scale_of(dropout)
     grads: tuple[Tensor | None, ...] = _backend(grad_y, A).adapter_backward(
         grad_y, part, tokens, a, A, B, v_threshold, tau, surrogate_alpha, straight_through, scale, scaling, needs
     )
     if grad_x is not None and part is not None and mask is not None:
         grad_x.addcmul_(part, mask)
     return grads
-
-
-def _kept(dropout: float) -> float:
-    """The factor of dropout for what it keeps; it is applied to `a`, which is smaller than `x`."""
-    return 1 / (1 - dropout)
 
 
 def _backend(y: Tensor, A: Tensor) -> ModuleType:

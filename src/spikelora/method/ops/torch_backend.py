@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikelora.method.ops.firing import firing, gate_backward, scalar
+from spikelora.method.ops.firing import firing, gate_backward, has_closed_form, scalar
 
 # Elements of one block of rows: 1 MB in float32, which stays in the caches. On two CPU cores blocks of 64 to 256 rows
 # of 1024 took the same time as a copy of the whole, and blocks of 16 rows 2.5 times as long.
@@ -32,8 +32,6 @@ _MIN_ELEMENTS = 2**18
 _MAX_COPIED_RANK = 8
 _MAX_SHARED_RANK = 32
 _MIN_TOKENS = 128  # of one product, or of one thread
-
-_LARGE = 1e6  # above this, the squares of the closed form lose too much precision
 
 # The least and the greatest number that is finite.
 _FINITE = {
@@ -141,9 +139,7 @@ def up_backward(
     """
     g = _contract(grad_y, B, scaling)
     number = None if need_v_threshold or need_tau else firing(a, v_threshold, tau)
-    if number is not None and not (abs(number.silent) < _LARGE and 1 / _LARGE < surrogate_alpha < _LARGE):
-        number = None
-    if number is not None:
+    if number is not None and has_closed_form(number, surrogate_alpha):
         gated = torch.threshold(a, number.silent, 0.0)
         grad_B = _sum_over_tokens(grad_y, gated, scaling) if need_B else None
         return gate_backward(g, a, number, surrogate_alpha, straight_through), grad_B, None, None

@@ -367,7 +367,8 @@ def _start(
             pointer = tensor.data_ptr()
             pointers.append(pointer)
             bits |= pointer
-            device = tensor.get_device()
+            if device < 0:
+                device = tensor.get_device()
     key = (kernel.fn, device, sizes, constants, kinds)
     found = None if bits % 16 else _compiled.get(key)
     if found is None:
