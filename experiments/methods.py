@@ -36,8 +36,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "random_mask": {"rate": ...},
     # Dropout on `a`: only in training, with the rest scaled by 1 / (1 - rate).
     "dropout": {"rate": ...},
-    # The gate after A, after B, or both.
-    "position": {"position": ..., "v_threshold": 0.1, "tau": 2.0},
 }
 
 
@@ -82,8 +80,6 @@ def adapt(base: nn.Module, run: Any, task_type: str) -> PeftModel:
         _replace(model, ReluGate)
     elif run.method in ("random_mask", "dropout"):
         _replace(model, RandomMask if run.method == "random_mask" else DropoutGate, rate=run.rate, seed=run.seed)
-    elif run.method == "position" and run.position != "A":
-        _gate_behind_B(model, keep_A=run.position == "BA")
     return model
 
 
@@ -202,24 +198,3 @@ class DropoutGate(RandomMask):
 
     def draw(self, a: Tensor) -> Tensor:
         return super().draw(a) if self.training else torch.ones_like(a, dtype=torch.bool)
-
-
-class GatedLinear(nn.Linear):
-    """`lora_B` with a gate on its output `b (..., out)`: `b * (b / tau >= v_threshold)`; a layer for the meter."""
-
-    def forward(self, gated: Tensor) -> Tensor:
-        return self.lora_gate["default"](super().forward(gated))
-
-    def tokens(self, x: Tensor) -> Tensor:
-        return x
-
-
-def _gate_behind_B(model: nn.Module, keep_A: bool) -> None:
-    for gated in gates(model):
-        layer: Any = gated.layer
-        lora_B = layer.lora_B[gated.adapter]
-        lora_B.__class__ = GatedLinear
-        lora_B.lora_gate = nn.ModuleDict({"default": copy.deepcopy(gated.gate)})
-        lora_B.r = {"default": lora_B.out_features}
-        if not keep_A:
-            layer.lora_gate[gated.adapter] = nn.Identity()

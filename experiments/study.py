@@ -58,7 +58,6 @@ class Run:
     target_scope: str | None = None
     target_warmup: float | None = None
     rate: float | None = None
-    position: str | None = None
     unit: str | None = None
     penalty: float | None = None
     # Training.
@@ -138,7 +137,7 @@ _KEYS = {*_TEXTS, "part", "show", "order", "model", "task", "seeds", "settings",
 _SHOWN = ("sweep", "modules", "gradients", "history", "frontier")
 _TYPES = {f.name: f.type for f in fields(Run)}
 _OWN = {"v_threshold", "tau", "target_sparsity", "target_scope", "target_warmup", "learn_threshold", "surrogate"}
-_OWN |= {"surrogate_alpha", "rate", "position", "unit", "penalty"}
+_OWN |= {"surrogate_alpha", "rate", "unit", "penalty"}
 # What each field of a run has to be, besides its type.
 _LIMITS = {
     "learning_rate": (lambda v: v > 0, "above 0"),
@@ -153,7 +152,6 @@ _LIMITS = {
     "A_rate": (lambda v: v > 0, "above 0"),
     "surrogate": (lambda v: v in SURROGATES, f"one of {', '.join(SURROGATES)}"),
     "surrogate_alpha": (lambda v: v > 0, "above 0"),
-    "position": (lambda v: v in ("A", "B", "BA"), "A, B or BA"),
     "unit": (lambda v: v in ("threshold", "spread"), "threshold or spread"),
     "penalty": (lambda v: v >= 0, "at least 0"),
     "epochs": (lambda v: v >= 1, "at least 1"),

@@ -406,25 +406,6 @@ class TestControls:
             config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
             assert rank_of_same_operations(base, config, sparsity) == rank
 
-    @pytest.mark.parametrize(("position", "modules"), [("A", 12), ("B", 12), ("BA", 24)])
-    def test_a_gate_stands_where_it_is_asked_for(self, position, modules):
-        ids = torch.arange(10, 26).view(2, 8)
-        model = adapted("position", position=position, v_threshold=0.05, tau=2.0).eval()
-        with SparsityMeter(model) as meter:
-            model(input_ids=ids)
-        report = meter.report()
-        assert len(report.modules) == modules
-        behind_B = {name for name in report.modules if name.endswith("lora_B.default")}
-        assert len(behind_B) == (0 if position == "A" else 12)
-        assert 0 < report.sparsity < 1
-        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
-        layer = model.get_submodule("base_model.model.model.decoder.layers.0.fc1")
-        a = x @ layer.lora_A["default"].weight.T
-        gated = a * (a / 2 >= 0.05) if position != "B" else a
-        b = gated @ layer.lora_B["default"].weight.T
-        b = b * (b / 2 >= 0.05) if position != "A" else b
-        torch.testing.assert_close(layer(x), layer.base_layer(x) + layer.scaling["default"] * b)
-
     def test_all_methods_of_a_seed_start_from_the_same_a(self):
         options = {"spikelora": {"v_threshold": 0.1}, "two_sided": {}, "relu": {}, "random_mask": {"rate": 0.5}}
         starts = [
