@@ -147,7 +147,7 @@ print("registered")
     [
         "import transformers.trainer_callback",
         pytest.param("from transformers import Trainer", marks=pytest.mark.slow),
-        "from trl import SFTTrainer",
+        pytest.param("from trl import SFTTrainer", marks=pytest.mark.slow),
         pytest.param("import spikelora", marks=pytest.mark.slow),
     ],
 )
