@@ -1,5 +1,6 @@
 import gc
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -7,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from fresh import Fresh
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -133,6 +135,13 @@ def _trainers_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
             prepare(arguments)
 
         monkeypatch.setattr(TrainingArguments, "__post_init__", prepare_for_the_cpu)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Fresh]:
+    """Runs code in a process that has not imported this package."""
+    with Fresh() as run:
+        yield run
 
 
 @pytest.fixture

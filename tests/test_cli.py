@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -81,10 +80,11 @@ def test_inspect_says_what_a_sound_adapter_holds(adapter, base_folder, capsys):
     assert output.endswith("The adapter is sound.\n")
 
 
-def test_inspect_of_a_damaged_adapter_ends_with_1(adapter):
+def test_inspect_of_a_damaged_adapter_ends_with_1(adapter, fresh):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    result = subprocess.run([sys.executable, "-m", "spikelora", "inspect", adapter], capture_output=True, text=True)
+    code = 'import runpy; runpy.run_module("spikelora", run_name="__main__", alter_sys=True)'  # what `python -m` does
+    result = fresh(code, "inspect", adapter)
     assert result.returncode == 1
     assert f"{file} is damaged" in result.stderr
     assert "Traceback" not in result.stderr
