@@ -1,6 +1,9 @@
+import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -11,6 +14,7 @@ import transformers
 from fresh import Fresh
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
+from processes import in_processes
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -135,6 +139,18 @@ def _trainers_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
             prepare(arguments)
 
         monkeypatch.setattr(TrainingArguments, "__post_init__", prepare_for_the_cpu)
+
+
+@pytest.fixture(scope="module")
+def once_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[int, list]]]:
+    """For a function and numbers of processes its folder, and by number what it gave in each; each is run once."""
+
+    @functools.cache
+    def run(function: Callable[[Path], Any], *sizes: int) -> tuple[Path, dict[int, list]]:
+        folder = tmp_path_factory.mktemp(function.__name__)
+        return folder, dict(zip(sizes, in_processes(function, folder, *sizes), strict=True))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -503,7 +503,9 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(launches) == 7
 
 
-@pytest.mark.parametrize("rank", [1, 8, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(256, marks=pytest.mark.slow)]
+)
 def compile_and_work(launches, rank):
     backend = importlib.import_module("spikelora.method.ops.triton_backend")
     assert backend.works.__wrapped__(torch.device("cpu"), BF16, F32, rank)
