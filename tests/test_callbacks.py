@@ -501,7 +501,13 @@ def test_control_checks_its_options(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_tolerance": 0}, {"target_tolerance": 1.0}, {"target_sparsity": 0.9, "learn_threshold": True}]
+    "options",
+    [
+        {"target_tolerance": 0},
+        {"target_tolerance": 1.0},
+        {"target_sparsity": 0.9, "learn_threshold": True},
+        {"target_sparsity": 0.9, "target_scope": "adapter", "threshold_pattern": {"x": 0.2}},
+    ],
 )
 def test_the_configuration_checks_its_options(options):
     with pytest.raises(SpikeLoraError, match="`target_"):
