@@ -86,8 +86,8 @@ def spiking(base: nn.Module, **options) -> PeftModel:
 
 # The files that take longest. They go first, as one that began last would keep one core busy while the others wait.
 LONGEST = (
-    *("finetuning", "triton", "fsdp", "distributed", "trainers", "callbacks", "experiments", "docs", "autoload"),
-    *("export", "interruption", "quickstart", "paths", "damage", "adapters"),
+    *("triton", "finetuning", "fsdp", "export", "experiments", "architectures", "paths", "distributed", "adapters"),
+    *("callbacks", "autoload", "trainers", "generation", "docs", "damage"),
 )
 
 
