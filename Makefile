@@ -29,7 +29,7 @@ slow: $(READY)  ## the tests that `make test` leaves out
 	$(TEST) -m slow
 
 # A separate target, because measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3).
-# Lines that run only in other processes, such as the kernels in Triton's interpreter, count as not run.
+# pyproject.toml says what of the processes that tests start is seen.
 coverage: $(READY)  ## all tests, and the share of src/spikelora's lines that they run
 	$(TEST) --cov --cov-report=term:skip-covered
 

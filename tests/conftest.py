@@ -1,5 +1,9 @@
+import functools
 import gc
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -7,8 +11,10 @@ import peft
 import pytest
 import torch
 import transformers
+from fresh import Fresh
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
+from processes import in_processes
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -80,8 +86,8 @@ def spiking(base: nn.Module, **options) -> PeftModel:
 
 # The files that take longest. They go first, as one that began last would keep one core busy while the others wait.
 LONGEST = (
-    *("finetuning", "triton", "fsdp", "distributed", "trainers", "callbacks", "experiments", "docs", "autoload"),
-    *("export", "interruption", "quickstart", "paths", "damage", "adapters"),
+    *("triton", "finetuning", "fsdp", "export", "experiments", "architectures", "paths", "distributed", "adapters"),
+    *("callbacks", "autoload", "trainers", "generation", "docs", "damage"),
 )
 
 
@@ -133,6 +139,25 @@ def _trainers_on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
             prepare(arguments)
 
         monkeypatch.setattr(TrainingArguments, "__post_init__", prepare_for_the_cpu)
+
+
+@pytest.fixture(scope="module")
+def once_in_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, dict[int, list]]]:
+    """For a function and numbers of processes its folder, and by number what it gave in each; each is run once."""
+
+    @functools.cache
+    def run(function: Callable[[Path], Any], *sizes: int) -> tuple[Path, dict[int, list]]:
+        folder = tmp_path_factory.mktemp(function.__name__)
+        return folder, dict(zip(sizes, in_processes(function, folder, *sizes), strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Fresh]:
+    """Runs code in a process that has not imported this package."""
+    with Fresh() as run:
+        yield run
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A wrong argument of a public function ends in a `SpikeLoraError` that names it."""
 
+import functools
 import inspect
 
 import pytest
@@ -82,8 +83,9 @@ CASES = [
 ]
 
 
+@functools.cache
 def right(function):
-    """Arguments that a function takes."""
+    """Arguments that a function takes; no test changes them."""
     if function in (SpikeLoraConfig, SparsityControlCallback, SparsityCallback):
         return {}
     if function is from_lora:

@@ -97,13 +97,14 @@ def test_a_folder_whose_pth_files_are_not_read_is_left_with_the_reason(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_a_write_or_a_removal_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])
     (tmp_path / "spikelora-autoload.pth").mkdir()
 
-    with pytest.raises(SpikeLoraError, match="cannot be written"):
-        autoload.switch_on()
+    for switch in (autoload.switch_on, autoload.switch_off):
+        with pytest.raises(SpikeLoraError, match="cannot be written"):
+            switch()
     assert [path.name for path in tmp_path.iterdir()] == ["spikelora-autoload.pth"]
 
 
@@ -147,7 +148,7 @@ print("registered")
     [
         "import transformers.trainer_callback",
         pytest.param("from transformers import Trainer", marks=pytest.mark.slow),
-        "from trl import SFTTrainer",
+        pytest.param("from trl import SFTTrainer", marks=pytest.mark.slow),
         pytest.param("import spikelora", marks=pytest.mark.slow),
     ],
 )

@@ -344,7 +344,7 @@ def held_out(model, rows=ROWS):
     return meter.report()
 
 
-@pytest.mark.parametrize("target", [0.5, 0.9, 0.97])
+@pytest.mark.parametrize("target", [0.5, pytest.param(0.9, marks=pytest.mark.slow), 0.97])
 def test_control_holds_the_target(tmp_path, target, device):
     model = spiking(target_sparsity=target, target_tolerance=0.03)
     options = {"max_steps": 80, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine"}
@@ -501,7 +501,13 @@ def test_control_checks_its_options(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_tolerance": 0}, {"target_tolerance": 1.0}, {"target_sparsity": 0.9, "learn_threshold": True}]
+    "options",
+    [
+        {"target_tolerance": 0},
+        {"target_tolerance": 1.0},
+        {"target_sparsity": 0.9, "learn_threshold": True},
+        {"target_sparsity": 0.9, "target_scope": "adapter", "threshold_pattern": {"x": 0.2}},
+    ],
 )
 def test_the_configuration_checks_its_options(options):
     with pytest.raises(SpikeLoraError, match="`target_"):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -82,10 +81,11 @@ def test_inspect_says_what_a_sound_adapter_holds(adapter, base_folder, capsys):
     assert output.endswith("The adapter is sound.\n")
 
 
-def test_inspect_of_a_damaged_adapter_ends_with_1(adapter):
+def test_inspect_of_a_damaged_adapter_ends_with_1(adapter, fresh):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    result = subprocess.run([sys.executable, "-m", "spikelora", "inspect", adapter], capture_output=True, text=True)
+    code = 'import runpy; runpy.run_module("spikelora", run_name="__main__", alter_sys=True)'  # what `python -m` does
+    result = fresh(code, "inspect", adapter)
     assert result.returncode == 1
     assert f"{file} is damaged" in result.stderr
     assert "Traceback" not in result.stderr
@@ -338,10 +338,11 @@ def test_calibrate_takes_another_base_model_and_an_empty_folder(adapter, base_fo
         ('{"text": "word1 word2"\n', "line 1 is not JSON"),
         ("[1]\n", "line 1 has no text under 'text'"),
         (json.dumps({"text": " ".join(WORDS)}), "more than the 64 positions"),
+        (b"caf\xe9", "cannot be read as text in UTF-8"),
     ],
 )
 def test_bad_data_ends_with_1_and_leaves_nothing(adapter, data, tmp_path, content, message):
-    data.write_text(content)
+    data.write_bytes(content if isinstance(content, bytes) else content.encode())
     names = {path.name for path in tmp_path.iterdir()}
     said = status("calibrate", adapter, "--data", data, "--output", tmp_path / "new")
     assert message in said
@@ -358,6 +359,13 @@ def test_calibrate_that_fails_while_saving_leaves_nothing(adapter, data, tmp_pat
     names = {path.name for path in tmp_path.iterdir()}
     assert status("calibrate", adapter, "--data", data, "--output", tmp_path / "new") == "no space left"
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_an_adapter_that_does_not_say_its_base_asks_for_it(adapter, data, tmp_path, capsys):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": None}))
+    assert status("calibrate", adapter, "--data", data, "--output", tmp_path / "new") == 2
+    assert "name it with --base_model" in " ".join(capsys.readouterr().err.split())
 
 
 def test_calibrate_refuses_tasks_that_need_more_than_text(adapter, data, tmp_path):
@@ -398,3 +406,15 @@ def test_paragraphs_become_padded_batches(base_folder, tmp_path):
     assert first["input_ids"].tolist() == [[3, 4, 5], [6, 1, 1]]
     assert first["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert second["input_ids"].tolist() == [[7, 8, 9]]
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_and_without_either_is_refused(base_folder, data):
+    tokenizer = AutoTokenizer.from_pretrained(base_folder, pad_token=None)
+    (batch,) = text_batches(data, tokenizer, batch_size=len(TEXTS), cutoff_len=64)
+    padded = batch["input_ids"][batch["attention_mask"] == 0]
+    assert len(padded)
+    assert set(padded.tolist()) == {tokenizer.eos_token_id}
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder, pad_token=None, eos_token=None)
+    with pytest.raises(SpikeLoraError, match="has no token to pad with"):
+        next(text_batches(data, tokenizer, batch_size=2, cutoff_len=64))

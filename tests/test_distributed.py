@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import CHECKPOINTING, tiny_opt
 from peft import PeftModel, get_peft_model
-from processes import in_processes
 from safetensors.torch import load_file
 from test_callbacks import ROWS, make_trainer
 from test_sparsity import X, by_hand
@@ -27,6 +26,9 @@ CASES = {
     "held": (HELD, {"save_strategy": "steps", "save_steps": 3}),
     "held_together": (HELD_TOGETHER, {"save_strategy": "steps", "save_steps": 3}),
 }
+QUICK = ("unused", "checkpointed", "held_together")
+# By the number of processes.
+SLOW = {1: tuple(CASES), 2: ("reentrant", "held"), 4: ("unused", "held", "held_together")}
 
 
 def place() -> tuple[int, int]:
@@ -118,26 +120,30 @@ def uneven_work():
     return [report.tokens, report.sparsity, report.modules["0"].firing_rates]
 
 
-def under_ddp(folder):
-    names = CASES if place()[1] < 4 else ("unused", "held", "held_together")
+def under_ddp(folder, names):
     results = {name: train(folder / name, adapted(**CASES[name][0]), **CASES[name][1]) for name in names}
-    for name in ("held", "held_together"):
+    for name in names:
         model, options = CASES[name]
-        results[name]["resumed"] = go_on(folder / name, adapted(**model), **options)
-    return results | {"meter": uneven_work()} | {path.name: two_forwards(path.name) for path in Path}
+        if "save_steps" in options and place()[1] > 1:
+            results[name]["resumed"] = go_on(folder / name, adapted(**model), **options)
+    return results | {"meter": uneven_work()}
 
 
-def sizes_of(request):
-    """The numbers of processes that a module's tests ask for: four where the slow ones are not left out."""
-    slow = any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)
-    return (1, 2, 4) if slow else (1, 2)
+def quickly(folder):
+    return under_ddp(folder, QUICK) | {path.name: two_forwards(path.name) for path in Path}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, request):
-    """The folder of the same training by one, two and four processes, and what each of them saw."""
-    folder, sizes = tmp_path_factory.mktemp("ddp"), sizes_of(request)
-    return folder, dict(zip(sizes, in_processes(under_ddp, folder, *sizes), strict=True))
+def slowly(folder):
+    return under_ddp(folder, SLOW[place()[1]])
+
+
+@pytest.fixture
+def runs(once_in_processes, request):
+    """The folder of the same trainings by one and more processes, and what each of them saw, for a test that is slow
+    or not.
+    """
+    of = (slowly, 1, 2, 4) if request.node.get_closest_marker("slow") else (quickly, 1, 2)
+    return once_in_processes(*of)
 
 
 def check_alike(alone, several):
@@ -182,8 +188,8 @@ REENTRANTLY = pytest.mark.compatibility(
         pytest.param("unused", 2, marks=UNUSED),
         pytest.param("unused", 4, marks=[UNUSED, FOUR]),
         pytest.param("checkpointed", 2, marks=CHECKPOINTED),
-        pytest.param("reentrant", 2, marks=REENTRANTLY),
-        pytest.param("held", 2, marks=HELD_THRESHOLDS),
+        pytest.param("reentrant", 2, marks=[REENTRANTLY, pytest.mark.slow]),
+        pytest.param("held", 2, marks=[HELD_THRESHOLDS, pytest.mark.slow]),
         pytest.param("held", 4, marks=[HELD_THRESHOLDS, FOUR]),
         pytest.param("held_together", 2, marks=HELD_THRESHOLDS),
         pytest.param("held_together", 4, marks=[HELD_THRESHOLDS, FOUR]),
@@ -199,7 +205,7 @@ def test_ddp_trains_as_one_process_does_and_saves_one_whole_adapter(runs, case, 
 
 
 @pytest.mark.compatibility("Many processes", "DDP, resuming")
-@pytest.mark.parametrize("case", ["held", "held_together"])
+@pytest.mark.parametrize("case", [pytest.param("held", marks=pytest.mark.slow), "held_together"])
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=FOUR)])
 def test_ddp_goes_on_from_a_checkpoint_to_the_same_losses(runs, n, case):
     for seen in (of[case] for of in runs[1][n]):

@@ -532,7 +532,7 @@ class TestRunning:
         ("method", "own"),
         [
             ("spikelora", {"target_sparsity": 0.9, "target_scope": "adapter", "target_warmup": 0.5}),
-            ("two_sided", {"target_sparsity": 0.9}),
+            pytest.param("two_sided", {"target_sparsity": 0.9}, marks=pytest.mark.slow),
             ("spikelora", {"learn_threshold": True, "v_threshold": 0.1, "train_rows": 32}),
         ],
     )

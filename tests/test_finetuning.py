@@ -443,6 +443,7 @@ class TestBadInput:
         assert (finished[0] / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_real_text(script, monkeypatch, tmp_path):
     """Tiny Shakespeare (karpathy/char-rnn on GitHub), by file."""
     if "SPIKELORA_DATA" not in os.environ:

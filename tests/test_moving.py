@@ -4,8 +4,6 @@ import copy
 import io
 import os
 import pickle
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -149,7 +147,7 @@ def test_copies_are_equal_and_of_their_own(model, duplicate):
 
 
 @pytest.mark.compatibility("Reliability", "a model of `torch.save` in a process that only imports spikelora")
-def test_torch_load_in_a_new_process(model, tmp_path):
+def test_torch_load_in_a_new_process(model, tmp_path, fresh):
     torch.save(model, tmp_path / "model.pt")
     torch.save(model(TOKENS).logits, tmp_path / "logits.pt")
     code = """
@@ -159,7 +157,7 @@ expected = torch.load(sys.argv[1] + "/logits.pt")
 print(torch.equal(model(torch.arange(3, 31).view(2, 14)).logits, expected))
 model.save_pretrained(sys.argv[1] + "/adapter")
 """
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    run = fresh(code, tmp_path)
     assert (run.stdout, run.returncode) == ("True\n", 0), run.stderr
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 

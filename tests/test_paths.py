@@ -535,7 +535,7 @@ class TestModel:
 
 @dynamo_warns
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-@pytest.mark.parametrize("path", [FUSED, BRANCH])
+@pytest.mark.parametrize("path", [FUSED, pytest.param(BRANCH, marks=pytest.mark.slow)])
 def test_a_whole_body_compiles_without_a_graph_break(path):
     """`Conv1D`, with all that lies around the layers; for `nn.Linear` see the layers compiled below."""
     model = spiking(tiny_gpt2(), v_threshold=0.03, learn_threshold=True).train()
@@ -568,8 +568,15 @@ def test_compiled_dropout_uses_one_mask_forward_and_backward(path):
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # dynamo looks at it
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("path", [FUSED, BRANCH])
+@pytest.mark.parametrize(
+    ("path", "learned"),
+    [
+        (FUSED, False),
+        pytest.param(FUSED, True, marks=pytest.mark.slow),
+        pytest.param(BRANCH, False, marks=pytest.mark.slow),
+        (BRANCH, True),
+    ],
+)
 def test_nothing_is_compiled_anew_for_another_value(path, learned):
     """Decoder layers share what is compiled, as one compiles a large model by its regions; their thresholds differ."""
     model = spiking(tiny_opt(), threshold_pattern={"layers.1.*": -0.02}, v_threshold=0.03, learn_threshold=learned)

@@ -19,6 +19,16 @@ def test_few_numbers_are_exact():
     assert shares(sketch) == {1.0: 0.0, 2.0: 3 / 5, 3.0: 4 / 5}
 
 
+def test_numbers_that_fill_a_part_to_the_last_are_all_kept():
+    sketch = QuantileSketch()
+    sketch.add(torch.arange(2.0 * _SIZE))
+    values, below = sketch.shares_below()
+
+    assert sum(map(len, sketch._waiting)) == 0
+    true = torch.searchsorted(torch.arange(2.0 * _SIZE), values) / (2 * _SIZE)
+    assert (below - true).abs().max() < 1e-3
+
+
 def test_nothing_has_no_quantile():
     sketch = QuantileSketch()
     sketch.add(torch.tensor([torch.nan]))

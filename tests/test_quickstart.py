@@ -1,8 +1,6 @@
 """The README's quick start, as its authors present the method: TRL, bfloat16, `device_map="auto"`, a fresh process."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +36,7 @@ with torch.no_grad():
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")
 @pytest.mark.parametrize("make_base", [tiny_opt, tiny_gpt2])
-def test_quick_start(make_base, tmp_path, monkeypatch, device):
+def test_quick_start(make_base, tmp_path, fresh, device):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     base = make_base()
     base.resize_token_embeddings(len(tokenizer))
@@ -73,12 +71,8 @@ def test_quick_start(make_base, tmp_path, monkeypatch, device):
         logits = trainer.model.eval()(tokens.to(device)).logits
     torch.save({"tokens": tokens, "logits": logits.cpu()}, tmp_path / "expected.pt")
     files = [tmp_path / "base", tmp_path / "adapter", tmp_path / "expected.pt"]
-    if make_base is tiny_opt:  # once in a fresh process, which pays for its imports
-        run = subprocess.run([sys.executable, "-c", FRESH_PROCESS, *files], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-    else:
-        monkeypatch.setattr(sys, "argv", ["-c", *files])
-        exec(FRESH_PROCESS, {})
+    run = fresh(FRESH_PROCESS, *files)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning")

@@ -30,14 +30,7 @@ from spikelora.peft.registration import register
 from spikelora.peft.trainers import guard_trainers
 
 
-def run(code):
-    """Standard output of a new interpreter that runs `code`."""
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-def test_the_import_brings_nothing_heavy_and_may_be_repeated():
+def test_the_import_brings_nothing_heavy_and_may_be_repeated(fresh):
     code = """
 import sys, peft
 before = set(sys.modules)
@@ -60,7 +53,9 @@ model = peft.get_peft_model(model, spikelora.SpikeLoraConfig(target_modules=["0"
 assert type(model.base_model) is spikelora.SpikeLoraModel
 model.print_trainable_parameters()
 """
-    brought, own, by_commands, *printed = run(code).splitlines()
+    run = fresh(code)
+    assert run.returncode == 0, run.stderr
+    brought, own, by_commands, *printed = run.stdout.splitlines()
     # The callbacks' base classes and what they import; transformers' Trainer, which is heavy, is not among them.
     of_transformers = {"debug_utils", "trainer_callback", "trainer_pt_utils", "trainer_utils", "training_args"}
     assert set(brought.split()) <= {"peft.utils.hotswap", *(f"transformers.{name}" for name in of_transformers)}
@@ -143,8 +138,8 @@ def test_registering_again_changes_nothing():
     assert not hasattr(peft.PeftModel.print_trainable_parameters.__wrapped__, "__wrapped__")
 
 
-def test_another_method_of_the_same_name_is_left_alone():
-    output = run("""
+def test_another_method_of_the_same_name_is_left_alone(fresh):
+    run = fresh("""
 import sys
 import peft
 from peft import LoraConfig, LoraModel, PeftModel, PeftType
@@ -176,7 +171,7 @@ assert PeftModel.print_trainable_parameters is printer
 print("left alone")
 """)
 
-    assert output == "left alone\n"
+    assert (run.stdout, run.returncode) == ("left alone\n", 0), run.stderr
 
 
 def test_lora_s_own_model_refuses_the_config(opt):
@@ -220,7 +215,8 @@ except ImportError as error:
     print(error)
 print("peft" in sys.modules)
 """
-    message, _, imported = run(code).splitlines()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    message, _, imported = run.stdout.splitlines()
     assert message.startswith("peft<0.1 is required")
     assert imported == "False"
 

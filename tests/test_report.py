@@ -282,8 +282,9 @@ def test_a_damaged_sparsity_report_is_named(adapter_folder, content):
         read_run(adapter_folder)
 
 
-def test_a_damaged_log_is_named(run_folder):
-    (run_folder / "checkpoint-20" / "trainer_state.json").write_text('{"log_history": [')
+@pytest.mark.parametrize("content", ['{"log_history": [', '{"log_history": [{"loss": 1.0}], "global_step": 20}'])
+def test_a_damaged_log_is_named(run_folder, content):
+    (run_folder / "checkpoint-20" / "trainer_state.json").write_text(content)
     with pytest.raises(SpikeLoraError, match=r"checkpoint-20/trainer_state.json is damaged"):
         read_run(run_folder)
 

@@ -1,7 +1,6 @@
 """Every loader loads exactly what was saved, and nothing that is only half right."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -221,12 +220,12 @@ def test_the_card_of_a_lora_stays_as_it_is(opt, tmp_path):
     assert "spikelora" not in (tmp_path / "README.md").read_text()
 
 
-def test_without_the_import_loading_ends_in_the_documented_error(saved, base_folder):
+def test_without_the_import_loading_ends_in_the_documented_error(saved, base_folder, fresh):
     code = (
         "import sys; from peft import PeftModel; from transformers import OPTForCausalLM\n"
         "PeftModel.from_pretrained(OPTForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])"
     )
-    run = subprocess.run([sys.executable, "-c", code, base_folder, saved[0]], capture_output=True, text=True)
+    run = fresh(code, base_folder, saved[0])
     assert run.returncode == 1
     assert "KeyError: 'SPIKELORA'" in run.stderr
 

@@ -34,18 +34,26 @@ STRAIGHT_THROUGH = False
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize(("prefix", "interpret"), [("check_", {"TRITON_INTERPRET": "1"}), ("compile_", {})])
-def test_in_a_process_of_its_own(prefix, interpret, tmp_path):
+@pytest.mark.parametrize(
+    ("prefix", "marked", "interpret"),
+    [
+        ("check_", "not slow", {"TRITON_INTERPRET": "1"}),
+        ("compile_", "not slow", {}),
+        pytest.param("compile_", "slow", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_in_a_process_of_its_own(prefix, marked, interpret, tmp_path):
     ours = {"TRITON_INTERPRET", "PYTEST_ADDOPTS"}
     env = {k: v for k, v in os.environ.items() if k not in ours} | interpret | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", __file__, "-o", f"python_functions={prefix}*", "-p", "no:cacheprovider"]
+    command += ["-m", marked]
     # The interpreter of triton 3.6 makes numbers of arrays as NumPy deprecates it.
     command += ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning:triton.runtime.interpreter"]
     command += ["-W", "ignore:AnnAssign.__init__ missing:DeprecationWarning"]  # of triton's parser, on Python 3.13
 
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
-    if done.returncode or not re.search(r"=== \d+ passed in [^,]*===\n$", done.stdout):
+    if done.returncode or not re.search(r"=== \d+ passed(, \d+ deselected)? in [^,]*===\n$", done.stdout):
         pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
 
 
@@ -395,16 +403,17 @@ def launches(request, monkeypatch):
     return launched
 
 
+# Each compiles for three seconds; not marked slow is one of each architecture and each layout.
 @pytest.mark.parametrize(
     ("launches", "T", "P", "n", "r", "layout"),
     [  # what needs most shared memory, for each architecture
         (80, F32, F32, 4096, 256, "contiguous"),
-        (90, F32, F32, 4096, 256, "contiguous"),
-        (100, F32, F32, 4096, 256, "contiguous"),
-        (80, F32, F32, 1, 8, "contiguous"),
-        (90, F32, F32, 4096, 64, "contiguous"),
-        (100, F16, F16, 4096, 8, "contiguous"),
-        (80, BF16, BF16, 4096, 64, "contiguous"),
+        pytest.param(90, F32, F32, 4096, 256, "contiguous", marks=pytest.mark.slow),
+        pytest.param(100, F32, F32, 4096, 256, "contiguous", marks=pytest.mark.slow),
+        pytest.param(80, F32, F32, 1, 8, "contiguous", marks=pytest.mark.slow),
+        pytest.param(90, F32, F32, 4096, 64, "contiguous", marks=pytest.mark.slow),
+        pytest.param(100, F16, F16, 4096, 8, "contiguous", marks=pytest.mark.slow),
+        pytest.param(80, BF16, BF16, 4096, 64, "contiguous", marks=pytest.mark.slow),
         (90, BF16, F32, 4096, 64, "contiguous"),
         (100, BF16, F32, 4096, 8, "transposed"),
     ],
@@ -433,7 +442,12 @@ def compile_what_is_launched(launches, T, P, n, r, layout):
 
 @pytest.mark.parametrize(
     ("needed", "straight_through"),
-    [("A", False), ("B", True), ("neuron", False), ("neuron", True)],
+    [
+        pytest.param("A", False, marks=pytest.mark.slow),
+        pytest.param("B", True, marks=pytest.mark.slow),
+        ("neuron", False),
+        ("neuron", True),
+    ],
     indirect=["straight_through"],
 )
 def compile_what_is_needed(launches, needed, straight_through):
@@ -489,7 +503,9 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(launches) == 7
 
 
-@pytest.mark.parametrize("rank", [1, 8, 256])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(256, marks=pytest.mark.slow)]
+)
 def compile_and_work(launches, rank):
     backend = importlib.import_module("spikelora.method.ops.triton_backend")
     assert backend.works.__wrapped__(torch.device("cpu"), BF16, F32, rank)
