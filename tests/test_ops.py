@@ -133,8 +133,8 @@ def test_float32(path, tokens, r):
 @both_gradients
 @pytest.mark.parametrize("tokens", [(), (0,), (1,), (2, 0), (3, 1, 2), (128,), (129,)], ids=str)
 def test_few_tokens_with_fixed_numbers(tokens, monkeypatch):
-    taken, inner = [], linear.linear_of_few
-    monkeypatch.setattr(linear, "linear_of_few", lambda *operands: taken.append(operands) or inner(*operands))
+    taken, inner = [], linear.UsualLinear.apply
+    monkeypatch.setattr(linear.UsualLinear, "apply", lambda *operands: taken.append(operands) or inner(*operands))
     t, leaves = tensors(tokens, 37, 20, 8), ("x", "bias", "A", "B")
     expected = run(oracle, {name: v.double() for name, v in t.items()}, leaves)
     actual = run(fused, t, leaves)

@@ -205,12 +205,13 @@ def check_sums_that_are_split(backend, buffers, length, splits):
     assert [shape[0] for _, shape in buffers if len(shape) == 3] == [1, 1] + 2 * [splits] * (splits > 1)
 
 
-def train(steps, dropout):
+def train(steps, dropout, learned):
     """Loss at each step of a training of two layers, through whatever the autograd functions are made of."""
     weights = [randn(20, 33, seed=0, dtype=BF16) / 6, randn(9, 20, seed=1, dtype=BF16) / 4]
     adapters = [[randn(7, w.shape[1], seed=2, dtype=F32) / 4, torch.zeros(len(w), 7)] for w in weights]
     neurons = [numbers(0.05, 2.0) for _ in weights]
-    leaves = [t.requires_grad_() for t in [*adapters[0], *adapters[1], *neurons[0], *neurons[1]]]
+    trained = [*adapters, *neurons] if learned else adapters
+    leaves = [t.requires_grad_() for of_layer in trained for t in of_layer]
     optimizer = torch.optim.SGD(leaves, lr=0.3)
     x, target = randn(24, 33, seed=3, dtype=BF16), randn(24, 9, seed=4, dtype=F32)
     losses = []
@@ -229,11 +230,15 @@ def train(steps, dropout):
     return losses
 
 
-@pytest.mark.parametrize(("dropout", "straight_through"), [(0.2, False), (0.0, True)], indirect=["straight_through"])
-def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, straight_through, monkeypatch):
-    expected = train(12, dropout)
+@pytest.mark.parametrize(
+    ("dropout", "learned", "straight_through"),
+    [(0.2, True, False), (0.0, True, True), (0.0, False, False), (0.0, False, True)],
+    indirect=["straight_through"],
+)
+def check_training_gives_the_losses_of_the_torch_backend(backend, dropout, learned, straight_through, monkeypatch):
+    expected = train(12, dropout, learned)
     monkeypatch.setattr(linear, "_backend", lambda y, A: backend)
-    losses = train(12, dropout)
+    losses = train(12, dropout, learned)
 
     assert expected[-1] < 0.95 * expected[0]
     # In bfloat16, which the interpreter cuts where torch rounds.

@@ -14,7 +14,7 @@ from spikelora.method.ops.adapter import scale_of, without_autocast
 def composed_backward(
     grad_y: Tensor,
     need_x: bool,
-    needs: list[bool],
+    needs: Sequence[bool],
     saved: Sequence[Any],
     numbers: tuple[Any, ...],
     weight: Tensor | None = None,
