@@ -24,7 +24,6 @@ ROOMS = {
         "ops.firing",
         "ops.torch_backend",
         "ops.triton_backend",
-        "ops.few_tokens",
         "ops.usual",
         "ops.linear",
         "paths",
@@ -144,7 +143,7 @@ def test_the_method_needs_torch_alone(module):
 def test_the_oracle_and_the_fast_paths_share_no_code():
     fast = [module for module in MODULES if module.startswith("method.ops.")]
 
-    assert len(fast) == 10
+    assert len(fast) == 9
     assert not [module for module in fast if "method.neuron" in own_imports(module)]
     assert not own_imports("method.neuron") & set(fast)
 

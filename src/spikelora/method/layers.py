@@ -148,7 +148,7 @@ class SpikingLinear(SpikingLayer):
         if not args and not kwargs:
             operands = kept(self, x)
             if operands is not None:
-                return spike_linear_uncast(x, *operands)
+                return spike_linear_uncast(x, *operands, is_usual=True)
         adapters = self.active_adapters
         if args or kwargs or self.disable_adapters or len(adapters) != 1 or adapters[0] not in self._gates():
             return self._forward_of_peft(x, *args, **kwargs)

@@ -18,10 +18,9 @@ from torch import Tensor
 from spikelora.method.composed import as_saved, is_differentiated_again
 from spikelora.method.ops import torch_backend
 from spikelora.method.ops.adapter import Adapter, as_new, is_autocast, scale_of, tokens_of, without_autocast
-from spikelora.method.ops.few_tokens import few_tokens
 from spikelora.method.ops.frozen import product, product_backward
 from spikelora.method.ops.second_backward import composed_backward
-from spikelora.method.ops.usual import UsualLinear
+from spikelora.method.ops.usual import UsualLinear, firing_of_few
 
 _MAX_TRITON_RANK = 256  # the kernels are tested up to this rank
 
@@ -43,14 +42,19 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     return spike_linear_uncast(x, weight, bias, adapter)
 
 
-def spike_linear_uncast(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
-    """The same, once autocast is off or its casts are made."""
+def spike_linear_uncast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, is_usual: bool = False
+) -> Tensor:
+    """The same, once autocast is off or its casts are made; `is_usual` if `_is_usual` is known to hold."""
     if torch.is_grad_enabled():
-        backend = _backend_of_usual(x, weight, adapter)
-        if backend is None:
-            y: Tensor = _SpikeLinear.apply(x, weight, bias, *adapter)
-        else:
-            y = UsualLinear.apply(x, weight, bias, adapter.A, adapter.B, adapter, backend)
+        # With one token UsualLinear takes 1.28 times LoRA's time at width 64 and 1.1 times at 1024; _SpikeLinear takes
+        # 1.5 and 1.2 (float32, r = 8, AMD EPYC). The host's part of Triton's kernels is 0.97 and 1.03 of LoRA's.
+        if is_usual or _is_usual(x, weight, adapter):
+            number, backend = firing_of_few(x, adapter), _backend(x, adapter.A)
+            if number is not None or backend is not torch_backend:
+                y: Tensor = UsualLinear.apply(x, weight, bias, adapter.A, adapter.B, adapter, number, backend)
+                return y
+        y = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
     y = product(x, weight, bias).contiguous()
     tokens, out = tokens_of(x), y.view(-1, y.shape[-1])
@@ -218,20 +222,11 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
     return kernels if kernels is not None and kernels.works(y.device, y.dtype, A.dtype, A.shape[0]) else torch_backend
 
 
-def _backend_of_usual(x: Tensor, weight: Tensor, adapter: Adapter) -> Any:
-    """The products for a training by `UsualLinear`, or None if it does not apply or is no faster.
-
-    Time of a training with one token / LoRA's, with it and without, r = 8, float32, one core of a Xeon with AMX: 1.28
-    and 1.5 at width 64, 1.01 and 1.08 at 1024; the host's part with Triton's kernels 0.95 and 1.03. With 128 tokens on
-    a CPU there is no difference.
-    """
-    A, _, v_threshold, tau, surrogate_alpha, _, _, dropout, observers = adapter
-    if torch.compiler.is_compiling() or dropout or observers or v_threshold.requires_grad or tau.requires_grad:
-        return None
-    if x.dtype is not weight.dtype:
-        return None
-    backend = _backend(x, A)
-    return few_tokens(x, A, v_threshold, tau, surrogate_alpha) if backend is torch_backend else backend
+def _is_usual(x: Tensor, weight: Tensor, adapter: Adapter) -> bool:
+    """Whether `UsualLinear` applies. `paths.keep` keeps nothing else."""
+    _, _, v_threshold, tau, _, _, _, dropout, observers = adapter
+    is_learned = v_threshold.requires_grad or tau.requires_grad
+    return not (torch.compiler.is_compiling() or dropout or observers or is_learned) and x.dtype is weight.dtype
 
 
 @functools.cache

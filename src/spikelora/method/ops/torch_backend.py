@@ -199,7 +199,7 @@ def _firing_tokens(y: Tensor, a: Tensor, spikes: Tensor) -> Tensor | None:
     return tokens
 
 
-def _product(c: Tensor, W: Tensor, scale: float) -> Tensor:
+def scaled_product(c: Tensor, W: Tensor, scale: float) -> Tensor:
     """`scale * c @ W` as one operation."""
     if scale == 1:
         return torch.mm(c, W)
@@ -212,10 +212,10 @@ def _contract(x: Tensor, W: Tensor, scale: float) -> Tensor:
     if x.shape[0] >= _MIN_TOKENS and W.shape[1] <= _MAX_COPIED_RANK and x.is_cpu:
         W = W.t().contiguous().t()
     if x.dtype == W.dtype:
-        return _product(x, W, scale)
+        return scaled_product(x, W, scale)
     blocks = _blocks(x)
     if len(blocks) == 1:
-        return _product(x.to(W.dtype), W, scale)
+        return scaled_product(x.to(W.dtype), W, scale)
     a = W.new_empty(x.shape[0], W.shape[1])
     for rows in blocks:
         torch.addmm(a[rows], x[rows].to(W.dtype), W, beta=0, alpha=scale, out=a[rows])
@@ -240,7 +240,7 @@ def _sum_over_tokens(x: Tensor, c: Tensor, scale: float, transposed: bool = Fals
     if c.shape[0] < _MIN_TOKENS or not c.is_cpu:
         # In the layout that is wanted: autograd would copy a transposed view when it accumulates gradients.
         x = x.to(c.dtype)
-        return _product(c.t(), x, scale) if transposed else _product(x.t(), c, scale)
+        return scaled_product(c.t(), x, scale) if transposed else scaled_product(x.t(), c, scale)
     total = _sum_over_many(x, c)
     if scale != 1:
         total.mul_(scale)
