@@ -224,9 +224,9 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
 
 def _is_usual(x: Tensor, weight: Tensor, adapter: Adapter) -> bool:
     """Whether `UsualLinear` applies. `paths.keep` keeps nothing else."""
-    _, _, v_threshold, tau, _, _, _, dropout, observers = adapter
+    _, _, v_threshold, tau, _, _, _, dropout, _ = adapter
     is_learned = v_threshold.requires_grad or tau.requires_grad
-    return not (torch.compiler.is_compiling() or dropout or observers or is_learned) and x.dtype is weight.dtype
+    return not (torch.compiler.is_compiling() or dropout or is_learned) and x.dtype is weight.dtype
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The training of a gated linear layer as it usually is, in few lines of Python.
 
 `linear.py` has one function for every case. With few tokens or on a GPU each line of Python counts, because its code
-and torch's have to come from memory again. Here there is no dropout, no observer and no learned number.
+and torch's have to come from memory again. Here there is no dropout and no learned number.
 """
 
 from types import ModuleType
@@ -47,7 +47,7 @@ class UsualLinear(torch.autograd.Function):
         number: Firing | None,
         backend: ModuleType,
     ) -> Tensor:
-        _, _, v_threshold, tau, _, _, scaling, _, _ = adapter
+        _, _, v_threshold, tau, _, _, scaling, _, observers = adapter
         tokens = x if x.dim() == 2 else tokens_of(x)
         y = F.linear(tokens, weight, bias)
         if number is None:
@@ -56,6 +56,8 @@ class UsualLinear(torch.autograd.Function):
             a = F.linear(tokens, A)
             gated = torch.threshold(a, number.silent, 0.0)
             y.addmm_(gated, B.t(), alpha=scaling)
+        for observe in observers:
+            observe(a)
         ctx.adapter, ctx.number, ctx.backend = adapter, number, backend
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, gated, A, B, weight)
         return y if tokens is x else as_new(y, x)
