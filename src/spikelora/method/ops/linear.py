@@ -47,8 +47,8 @@ def spike_linear_uncast(
 ) -> Tensor:
     """The same, once autocast is off or its casts are made; `is_usual` if `_is_usual` is known to hold."""
     if torch.is_grad_enabled():
-        # With one token UsualLinear takes 1.28 times LoRA's time at width 64 and 1.1 times at 1024; _SpikeLinear takes
-        # 1.5 and 1.2 (float32, r = 8, AMD EPYC). The host's part of Triton's kernels is 0.97 and 1.03 of LoRA's.
+        # With one token of width 64 UsualLinear takes 1.2 to 1.3 times LoRA's time, _SpikeLinear 1.5 (float32, r = 8,
+        # AMD EPYC). Of the host's part with Triton's kernels they take 0.97 and 1.03.
         if is_usual or _is_usual(x, weight, adapter):
             number, backend = firing_of_few(x, adapter), _backend(x, adapter.A)
             if number is not None or backend is not torch_backend:
@@ -214,7 +214,7 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
     """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
 
     The kernels are taken at every size. If the GPU waits for the host, the number of launches decides: with the base's
-    own they are 3 in a forward and 7 in a training step, and 4 and 17 in plain torch (`make bench ARGS="--only host"`).
+    own they are 3 in a forward and 7 in a training step, and 4 and 16 in plain torch (`make bench ARGS="--only host"`).
     """
     if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
         return torch_backend
