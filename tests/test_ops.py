@@ -138,23 +138,21 @@ def test_few_tokens_with_fixed_numbers(tokens, monkeypatch):
     t, leaves = tensors(tokens, 37, 20, 8), ("x", "bias", "A", "B")
     expected = run(oracle, {name: v.double() for name, v in t.items()}, leaves)
     actual = run(fused, t, leaves)
-    assert len(taken) == (math.prod(tokens) <= 128)
+    assert [number is not None for *_, number, _ in taken] == [math.prod(tokens) <= 128]
     assert_same(actual, {name: v.float() for name, v in expected.items()}, rtol=1e-5, atol=3e-6)
 
 
 @both_gradients
-@pytest.mark.parametrize(
-    ("n_tokens", "n_threads", "r"), [(128, 1, 8), (256, 2, 1), (256, 2, 63), (389, 3, 7), (389, 3, 8)]
-)
+@pytest.mark.parametrize(("n_tokens", "n_threads", "r"), [(128, 1, 8), (128, 2, 8), (256, 2, 1), (389, 3, 63)])
 @pytest.mark.parametrize("path", PATHS)
 def test_many_tokens_on_several_threads(path, n_tokens, n_threads, r, monkeypatch):
-    shared, inner = [], torch_backend._shared_sum
-    monkeypatch.setattr(torch_backend, "_shared_sum", lambda c, x: shared.append(c.shape[0]) or inner(c, x))
+    split, inner = [], torch_backend._split_sum
+    monkeypatch.setattr(torch_backend, "_split_sum", lambda x, c: split.append(x.shape) or inner(x, c))
     monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
-    t = tensors((n_tokens,), 37, 20, r)
+    t = tensors((n_tokens,), 384, 128, r)
     expected = {name: v.float() for name, v in run(oracle, {name: v.double() for name, v in t.items()}).items()}
     assert_same(run(path, t), expected, rtol=1e-5, atol=3e-6)
-    assert shared == [n_tokens] * (2 if n_threads > 1 and r < 63 else 0)
+    assert split == ([(n_tokens, 128), (n_tokens, 384)] if n_threads > 1 else [])
 
 
 @both_gradients

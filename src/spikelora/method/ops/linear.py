@@ -51,9 +51,8 @@ def spike_linear_uncast(
         # AMD EPYC). Of the host's part with Triton's kernels they take 0.97 and 1.03.
         if is_usual or _is_usual(x, weight, adapter):
             number, backend = firing_of_few(x, adapter), _backend(x, adapter.A)
-            if number is not None or backend is not torch_backend:
-                y: Tensor = UsualLinear.apply(x, weight, bias, adapter.A, adapter.B, adapter, number, backend)
-                return y
+            y: Tensor = UsualLinear.apply(x, weight, bias, adapter.A, adapter.B, adapter, number, backend)
+            return y
         y = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
     y = product(x, weight, bias).contiguous()

@@ -1,7 +1,7 @@
 """The training of a gated linear layer as it usually is, in few lines of Python.
 
-`linear.py` has one function for every case. With few tokens or on a GPU each line of Python counts, because its code
-and torch's have to come from memory again. Here there is no dropout and no learned number.
+`linear.py` has one function for every case. Each line of Python counts there, because its code and torch's have to
+come from memory again. Here there is no dropout and no learned number.
 """
 
 from types import ModuleType
@@ -14,6 +14,7 @@ from torch import Tensor
 from spikelora.method.composed import as_saved
 from spikelora.method.ops.adapter import Adapter, as_new, tokens_of, without_autocast
 from spikelora.method.ops.firing import Firing, firing, gate_backward, has_closed_form
+from spikelora.method.ops.frozen import product_backward
 from spikelora.method.ops.second_backward import composed_backward
 from spikelora.method.ops.torch_backend import scaled_product
 
@@ -78,7 +79,7 @@ class UsualLinear(torch.autograd.Function):
                 return UsualLinear.backward(ctx, grad_y)
         x = tokens_of(x) if need_A else None
         if ctx.number is None:
-            grad_x = torch.mm(tokens, weight) if need_x else None
+            grad_x = product_backward(tokens, weight) if need_x else None
             grad_A, grad_B, _, _ = ctx.backend.adapter_backward(
                 tokens, grad_x, x, a, A, B, v_threshold, tau, surrogate_alpha, straight_through, 1.0, scaling, needs
             )
