@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,6 +20,8 @@ V_THRESHOLD, TAU, SURROGATE_ALPHA = 0.1, 2.0, 2.0
 # Small, so that the head, which no method adapts, does not outweigh the layers that are compared.
 VOCABULARY = 1024
 POSITIONS = 2048
+# As transformers 5.24 calls it in its arguments and results, and 5.17 to 5.23 did.
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(OPTForCausalLM.forward).parameters)
 
 
 class SpikingjellyVariant(LoraVariant):
@@ -102,12 +105,12 @@ class Method:
         """A function that decodes one token after the prompt; each call starts from the same cache."""
         with torch.inference_mode():
             self.reset()
-            cache = self.model(input_ids=prompt, use_cache=True).past_key_values
+            cache = self.model(input_ids=prompt, use_cache=True)[CACHE]
 
         @torch.inference_mode()
         def decode() -> Tensor:
             self.reset()
-            logits = self.model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True).logits
+            logits = self.model(input_ids=prompt[:, -1:], use_cache=True, **{CACHE: cache}).logits
             cache.crop(-1)
             return logits
 

@@ -2,6 +2,7 @@ import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,9 @@ takes_adapters = pytest.mark.skipif(
     Version(MIN_PEFT_VERSION) > Version(peft.__version__),
     reason=f"transformers {transformers.__version__} asks for PEFT {MIN_PEFT_VERSION} in its own functions",
 )
+
+# As transformers 5.24 calls it in a model's arguments and results, and 5.17 to 5.23 did.
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(OPTForCausalLM.forward).parameters)
 
 # As transformers 5.23 calls it in its arguments, and 5.17 did.
 CHECKPOINTING = next(

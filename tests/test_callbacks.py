@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_opt
+from conftest import takes_adapters, tiny_opt
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -279,6 +279,7 @@ def test_collapse_is_named_once(logging_steps, tmp_path):
     assert "has fallen silent: sparsity 100.00%" in texts[1]
 
 
+@takes_adapters
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_lora_beside_a_spiking_adapter_that_is_not_active(tmp_path):
     model = tiny_opt()
@@ -290,6 +291,7 @@ def test_lora_beside_a_spiking_adapter_that_is_not_active(tmp_path):
     assert not any("sparsity" in name for entry in trainer.state.log_history for name in entry)
 
 
+@takes_adapters
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 def test_lora_beside_an_adapter_that_is_held(tmp_path):
     model = tiny_opt()

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import CACHE, spiking, tiny_gpt2, tiny_llama, tiny_opt
 from conftest import TOKENS as SHARED
-from conftest import spiking, tiny_gpt2, tiny_llama, tiny_opt
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -285,6 +285,15 @@ def test_left_padded_generation_counts_each_token_once():
         model.generate(input_ids=TOKENS, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, pad_token_id=1)
     # The last new token is not fed back.
     assert {m.tokens for m in meter.report().modules.values()} == {28 - 4 + 2 * 4}
+
+
+def test_padding_among_the_newest_tokens_of_a_cached_text_does_not_count():
+    model, mask = spiking(tiny_gpt2()).eval(), torch.ones_like(TOKENS)
+    mask[0, 12:] = 0
+    with SparsityMeter(model) as meter:
+        cache = model(input_ids=TOKENS[:, :10], attention_mask=mask[:, :10], use_cache=True)[CACHE]
+        model(input_ids=TOKENS[:, 10:], attention_mask=mask, **{CACHE: cache})
+    assert {m.tokens for m in meter.report().modules.values()} == {28 - 2}
 
 
 def tiny_bart():

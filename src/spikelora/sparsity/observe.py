@@ -22,6 +22,7 @@ DATA_PARALLEL = (
 
 # What transformers' EncoderDecoderModel and similar models run themselves, on the encoder's output.
 _ON_ENCODER_TOKENS = "enc_to_dec_proj"
+_CACHES = "past_key_values", "cache"  # of keys and values, up to transformers 5.23 and from 5.24
 
 
 class Gated(NamedTuple):
@@ -226,7 +227,8 @@ class TokenMasks(threading.local):
             given = kwargs
         outer = self._scopes[-1] if self._scopes else _Scope(None, None, None, False)
         mask, states = given.get("attention_mask"), given.get("encoder_hidden_states")
-        scope = outer._replace(is_cached=outer.is_cached or given.get("past_key_values") is not None)
+        is_cached = any(given.get(name) is not None for name in _CACHES)
+        scope = outer._replace(is_cached=outer.is_cached or is_cached)
         if states is not None and states is not outer.encoder_states:
             # A decoder: the mask around it is the encoder's.
             scope = scope._replace(mask=None, encoder_states=states, encoder_mask=given.get("encoder_attention_mask"))
