@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import spiking as trained
-from conftest import tiny_opt
+from conftest import tiny_llama, tiny_opt
 from peft import get_peft_model
 from torch import nn
 
@@ -92,6 +92,17 @@ def test_padding_is_left_out():
 
     assert calibrate_thresholds(model, [{"input_ids": garbage, "attention_mask": mask}], 0.8) == pytest.approx(found)
     assert calibrate_thresholds(model, [{"input_ids": TOKENS}], 0.8) != pytest.approx(found)
+
+
+def test_texts_packed_in_one_row_count_as_each_does_alone():
+    texts = [torch.arange(3, 12), torch.arange(20, 25), torch.arange(40, 54)]
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    packed = [{"input_ids": torch.cat(texts)[None], "position_ids": positions}]
+    model = trained(tiny_llama(), v_threshold=0.02)
+    together = calibrate_thresholds(model, packed, 0.8)
+    assert model.config.use_cache
+    alone = calibrate_thresholds(trained(tiny_llama(), v_threshold=0.02), [{"input_ids": t[None]} for t in texts], 0.8)
+    assert together == pytest.approx(alone, abs=1e-6)
 
 
 def test_a_dead_adapter_comes_to_life():

@@ -36,6 +36,7 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
     device = gates(model)[0].gate.tau.device
     batches = repeatable(batches)
     modes = {module: module.training for module in model.modules()}
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modes) if getattr(c, "use_cache", False)}.values()
     n_batches = n_tokens = 0
 
     def count_and_see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
@@ -44,6 +45,8 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
         observer(gated, a, mask)
 
     model.eval()
+    for config in configs:
+        config.use_cache = False  # as trainers do; with a cache transformers takes texts packed in one row for one text
     try:
         with observing(model, count_and_see):
             for batch in tqdm(batches, desc=title, unit="batch", leave=False):
@@ -60,6 +63,8 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for config in configs:
+            config.use_cache = True
     if not n_batches:
         raise SpikeLoraError("`batches` is empty. Give at least one, and a list if it is used more than once.")
     if not n_tokens:
