@@ -9,7 +9,6 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
-from spikelora import SpikeLoraError
 from spikelora.method.composed import composed_gate
 from spikelora.method.neuron import atan_surrogate, spike_gate, straight_through_window
 from spikelora.method.paths import Path, force_path
@@ -108,7 +107,7 @@ def test_what_a_second_backward_goes_through_is_the_first(path, dtype):
     base = nn.Linear(6, 5).to(dtype)
     model = spiking(nn.Sequential(base), target_modules=["0"], v_threshold=0.05, lora_dropout=0.3).train()
     base.bias.requires_grad_()
-    x = X.to(dtype).requires_grad_()
+    x = X.clone().to(dtype).requires_grad_()
     leaves = [x, *trained(model).values()]
     results = []
     for create_graph in (False, True):
@@ -136,12 +135,45 @@ def test_a_layer_that_feeds_itself(path):
         torch.testing.assert_close(again, once, rtol=1e-4, atol=1e-5)
 
 
-def test_a_second_backward_without_the_input_says_what_to_do():
-    model, x = layer_of("linear", "fixed")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("path", Path)
+def test_a_second_backward_through_a_frozen_adapter(path, dropout, frozen, options):
+    """Its fast paths do not keep the input; two layers, one of which gets an input without a gradient."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    dropped = OPTIONS[options] | {"lora_dropout": dropout}
+    model = spiking(base, target_modules=["0", "1"], v_threshold=0.05, **dropped).train()
     for name, p in model.named_parameters():
-        p.requires_grad_("lora_B" in name)
-    with pytest.raises(SpikeLoraError, match="not kept if `lora_A` is frozen"):
-        torch.autograd.grad(model(x).sum(), list(trained(model).values()), create_graph=True)
+        p.requires_grad_("base_layer" not in name and frozen not in name)
+    x, results = X.clone().requires_grad_(frozen == "lora_"), []
+    leaves = [*trained(model).values(), *([x] if x.requires_grad else [])]
+    for taken in (path, Path.PLAIN):
+        torch.manual_seed(1)
+        with force_path(taken):
+            y = model.base_model.model(x).sin().mean()
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-6)
+    assert all(g.abs().max() > 0 for g in results[0])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("base", "path"), [*((base, None) for base in BASES), *(("linear", path) for path in Path)])
+@pytest.mark.parametrize("n_rows", [2, 200])
+def test_many_backwards_at_once(base, path, options, n_rows):
+    model, x = layer_of(base, options)
+    x, leaves = x.repeat(n_rows, 1, *[1] * (x.dim() - 2)), list(trained(model).values())
+    with force_path(path) if path else nullcontext():
+        y = model(x).sin().flatten()[:3]
+    expected = [torch.autograd.grad(value, leaves, retain_graph=True) for value in y]
+    expected = [torch.stack(rows) for rows in zip(*expected, strict=True)]
+    batched = torch.autograd.grad(y, leaves, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    mapped = vmap(lambda row: torch.autograd.grad(y, leaves, row, retain_graph=True))(torch.eye(3))
+    for found in (batched, mapped):
+        torch.testing.assert_close(list(found), expected, rtol=1e-4, atol=1e-6)
+        assert not any(g.requires_grad for g in found)
 
 
 @pytest.mark.parametrize("straight_through", [False, True])

@@ -72,10 +72,13 @@ def as_saved(number: Tensor) -> Tensor:
 def gradients(
     function: Callable[..., Tensor], inputs: Sequence[Any], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Differentiable gradients of `function(*inputs)` by the inputs that need one; None for the others."""
-    # The backward is to stop at these views: one of the inputs may have been computed from another.
-    inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
-    needed = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = torch.autograd.grad(function(*inputs), needed, grad, create_graph=True, materialize_grads=True)
+    """Gradients of `function(*inputs)` by the inputs that need one, differentiable if grad mode is on; else None."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # The backward is to stop at these views: one of the inputs may have been computed from another.
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        needed = [t for t, need in zip(inputs, needs, strict=True) if need]
+        output = function(*inputs)
+    found = torch.autograd.grad(output, needed, grad, create_graph=create_graph, materialize_grads=True)
     of_needed = iter(found)
     return [next(of_needed) if need else None for need in needs]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikelora.method.composed import as_saved, is_differentiated_again
+from spikelora.method.composed import as_saved
 from spikelora.method.ops import torch_backend
 from spikelora.method.ops.adapter import Adapter, as_new, is_autocast, scale_of, tokens_of, without_autocast
 from spikelora.method.ops.frozen import product, product_backward
-from spikelora.method.ops.second_backward import composed_backward
+from spikelora.method.ops.second_backward import composed_backward, is_composed, stand_in
 from spikelora.method.ops.usual import UsualLinear, firing_of_few
 
 _MAX_TRITON_RANK = 256  # the kernels are tested up to this rank
@@ -108,14 +108,14 @@ class _SpikeLinear(torch.autograd.Function):
         a, mask = _add_adapter_(y, tokens, Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers = numbers
         neuron = as_saved(v_threshold), as_saved(tau)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else stand_in(x), a, mask, A, B, *neuron, weight)
         return y if tokens is x and not torch.compiler.is_compiling() else as_new(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         need_x, _, need_bias, *needs = ctx.needs_input_grad[:7]
         *saved, weight = ctx.saved_tensors
-        if is_differentiated_again():
+        if is_composed(grad_y):
             composed = composed_backward(grad_y, need_x, needs, saved, ctx.numbers, weight)
             grad_bias = tokens_of(grad_y).sum(0) if need_bias else None
             return composed[0], None, grad_bias, *composed[1:], *(None,) * 5
@@ -149,14 +149,14 @@ class _SpikeBranch(torch.autograd.Function):
         a, mask = _add_adapter_(tokens_of(y), tokens_of(x), Adapter(A, B, v_threshold, tau, *numbers), need_a=True)
         ctx.numbers, ctx.x_dtype = numbers, x.dtype
         neuron = as_saved(v_threshold), as_saved(tau)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, mask, A, B, *neuron)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else stand_in(x), a, mask, A, B, *neuron)
         return as_new(y, x) if torch.compiler.is_compiling() else y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         _, _, need_x, *needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
-        if is_differentiated_again():
+        if is_composed(grad_y):
             return grad_y, None, *composed_backward(grad_y, need_x, needs, saved, ctx.numbers), *(None,) * 5
         with without_autocast(grad_y):
             tokens, grad_x = tokens_of(grad_y), None

@@ -15,7 +15,7 @@ from spikelora.method.composed import as_saved
 from spikelora.method.ops.adapter import Adapter, as_new, tokens_of, without_autocast
 from spikelora.method.ops.firing import Firing, firing, gate_backward, has_closed_form
 from spikelora.method.ops.frozen import product_backward
-from spikelora.method.ops.second_backward import composed_backward
+from spikelora.method.ops.second_backward import composed_backward, is_composed, stand_in
 from spikelora.method.ops.torch_backend import scaled_product
 
 _MAX_TOKENS = 128
@@ -60,7 +60,7 @@ class UsualLinear(torch.autograd.Function):
         for observe in observers:
             observe(a)
         ctx.adapter, ctx.number, ctx.backend = adapter, number, backend
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, a, gated, A, B, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else stand_in(x), a, gated, A, B, weight)
         return y if tokens is x else as_new(y, x)
 
     @staticmethod
@@ -70,7 +70,7 @@ class UsualLinear(torch.autograd.Function):
         _, _, v_threshold, tau, surrogate_alpha, straight_through, scaling, _, _ = ctx.adapter
         tokens = grad_y if grad_y.dim() == 2 else tokens_of(grad_y)
         grad_bias, needs = tokens.sum(0) if need_bias else None, (need_A, need_B, False, False)
-        if torch.is_grad_enabled():
+        if is_composed(grad_y):
             saved = x, a, None, A, B, as_saved(v_threshold), as_saved(tau)
             grad_x, grad_A, grad_B, _, _ = composed_backward(grad_y, need_x, needs, saved, ctx.adapter[4:], weight)
             return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
