@@ -69,14 +69,18 @@ def logits(model):
 
 def train(folder, model, **options):
     """What this process sees of a training and an evaluation, and what it writes."""
-    trainer = trainer_of(folder, model, **options)
+    trainer, computed_in = trainer_of(folder, model, **options), set()
+    layer = gates(model)[0].layer.base_layer
+    watched = layer.register_forward_pre_hook(lambda layer, args: computed_in.add((args[0].dtype, layer.weight.dtype)))
     trainer.train()
+    watched.remove()
     metrics = trainer.evaluate(trainer.train_dataset)
     own_folder = folder / f"saved by {place()[0]}"
     trainer.save_model(own_folder)
     logs = trainer.state.log_history
     return {
         "wrapped": type(trainer.model_wrapped).__name__,
+        "computed in": [str(dtype) for dtypes in computed_in for dtype in dtypes],
         "losses": [entry["loss"] for entry in logs if "loss" in entry] + [metrics["eval_loss"]],
         "sparsity": [entry["sparsity"] for entry in logs if "sparsity" in entry] + [metrics["eval_sparsity"]],
         "thresholds": [whole(gated.gate.v_threshold).item() for gated in gates(model)],

@@ -230,6 +230,8 @@ def test_mixed_precision_trains_and_saves_float32_thresholds(runs, case):
     folder, results = runs
     several = [seen[case] for seen in results[2]]
 
+    assert [seen["wrapped"] for seen in several] == ["FSDPPeftModelForCausalLM"] * 2
+    assert [seen["computed in"] for seen in several] == [["torch.bfloat16"] * 2] * 2  # input and base's weight
     # One process computes under autocast, which rounds elsewhere.
     check_near(results[1][0][case], several, losses=0.02, sparsity=0.03, thresholds=0.01)
     assert len(set(several[0]["thresholds"])) > 6

@@ -36,7 +36,8 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
     device = gates(model)[0].gate.tau.device
     batches = repeatable(batches)
     modes = {module: module.training for module in model.modules()}
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in modes) if getattr(c, "use_cache", False)}.values()
+    all_configs: list[Any] = [getattr(module, "config", None) for module in modes]
+    configs = {id(config): config for config in all_configs if getattr(config, "use_cache", False)}.values()
     n_batches = n_tokens = 0
 
     def count_and_see(gated: Gated, a: Tensor, mask: Tensor | None) -> None:
