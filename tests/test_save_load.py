@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
-from peft.utils import PeftWarning
+from peft.utils import PeftWarning, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -295,3 +296,30 @@ def test_lora_s_configuration_does_not_read_the_file_for_a_reader_of_its_own(sav
         LoraConfig.from_json_file(file)
     assert type(LoraConfig.from_pretrained(saved[0])) is SpikeLoraConfig
     assert PeftConfig.from_json_file(file) == SpikeLoraConfig.from_json_file(file)
+
+
+def test_an_adapter_from_before_fixed_numbers_were_buffers():
+    """`golden/adapter` was saved when they were parameters, and its configuration lacks the fields added since."""
+    folder = Path(__file__).parent / "golden" / "adapter"
+    tensors, config = (
+        load_file(folder / "adapter_model.safetensors"),
+        json.loads((folder / "adapter_config.json").read_text()),
+    )
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(200, 6)
+    expected, fired = x, []
+    for i in range(2):
+        A, B, tau, v_threshold = (
+            tensors[f"base_model.model.{i}.{name}"]
+            for name in ("lora_A.weight", "lora_B.weight", "lora_gate.tau", "lora_gate.v_threshold")
+        )
+        a = expected @ A.T
+        fired.append(a / tau >= v_threshold)
+        expected = base[i](expected) + config["lora_alpha"] / config["r"] * (a * fired[i]) @ B.T
+    model = PeftModel.from_pretrained(base, folder)
+    assert not {"surrogate", "target_scope"} & set(config)
+    assert all(0.1 < spikes.float().mean() < 0.9 for spikes in fired)
+    torch.testing.assert_close(model(x), expected)
+    loaded = get_peft_model_state_dict(model)
+    assert set(loaded) == set(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
