@@ -116,7 +116,7 @@ def _not_started(started: list[None]) -> Iterator[None]:
     class Kept(dict):
         def get(self, key: tuple) -> tuple:
             # The arguments are not kept: that would cost time in allocations and garbage collections.
-            return lambda *args: started.append(None), None, None
+            return lambda *args: started.append(None), None, None, None
 
     changed = {
         (linear, "_backend"): lambda y, A: triton_backend,

@@ -241,3 +241,28 @@ def test_to_empty_knows_the_thresholds_of_single_modules():
     for name, tensor in neurons(model).items():
         expected = 3.0 if name.endswith("tau") else 0.3 if "fc1" in name else 0.1
         assert tensor.item() == pytest.approx(expected), name
+
+
+def replica_of(model):
+    """As `nn.DataParallel` makes them for each GPU: what autograd copied from parameters are attributes."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, copies.get(child))
+        for name, p in module._parameters.items():
+            setattr(replica, name, None if p is None else p.view_as(p))
+    return copies[model]
+
+
+@pytest.mark.parametrize("learned", [(), ("learn_threshold",), ("learn_tau",), ("learn_threshold", "learn_tau")])
+def test_a_replica_of_data_parallel_is_the_model(learned):
+    model = spiking(tiny_opt(), **dict.fromkeys(learned, True))
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    results = []
+    for each in (model, replica_of(model)):
+        loss = each(TOKENS, labels=TOKENS).loss
+        results.append((loss, *torch.autograd.grad(loss, list(found.values()))))
+    torch.testing.assert_close(*results)
+    assert {name.rsplit(".", 1)[1] for name in found if "lora_gate" in name} == {
+        n[6:].replace("threshold", "v_threshold") for n in learned
+    }

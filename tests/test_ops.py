@@ -509,6 +509,19 @@ def test_what_triton_cannot_do_goes_through_torch(dtype, r, works, taken, monkey
         assert linear._backend(y, A) is (kernels if taken else torch_backend)
 
 
+def test_a_triton_that_cannot_be_imported_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "spikelora.method.ops.triton_backend", raising=False)
+    monkeypatch.delattr("spikelora.method.ops.triton_backend", raising=False)
+    linear._triton_backend.cache_clear()
+    with FakeTensorMode(), pytest.warns(RuntimeWarning, match="Triton cannot be imported: .* take plain torch") as said:
+        y, A = torch.empty(3, 4, device="cuda"), torch.empty(8, 4, device="cuda")
+        assert linear._backend(y, A) is linear._backend(y, A) is torch_backend
+    assert len(said) == 1
+    linear._triton_backend.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [5, 300])
 def test_a_cpu_without_a_product_in_half_precision(monkeypatch, dtype, width):

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from spikelora import SpikeLoraError
 from spikelora.method.neuron import spike_gate
 from spikelora.method.ops import linear
 
@@ -488,7 +489,7 @@ def compile_once_and_start_again(launches, monkeypatch):
     assert len(first) == len(backend._compiled) == 5
     started = []
     for key in backend._compiled:
-        backend._compiled[key] = (lambda *args: started.append(args), "function", "packed")
+        backend._compiled[key] = (lambda *args: started.append(args), "function", "packed", None)
     step()
     assert len(launches) == 5
     for call, expected in zip(started, first, strict=True):
@@ -506,6 +507,13 @@ def compile_once_and_start_again(launches, monkeypatch):
     x = torch.zeros(41 * 64 + 1, dtype=BF16)[1:].view(41, 64)[:40]
     step()
     assert len(launches) == 7
+
+    # A pointer into the memory of another device would end the process.
+    n_started = len(started)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor is A))
+    with pytest.raises(SpikeLoraError, match="Move the whole model to one device"):
+        step()
+    assert len(started) == n_started
 
 
 @pytest.mark.parametrize(
@@ -545,6 +553,13 @@ def compile_nothing_where_a_kernel_needs_too_much(launches, kernel, monkeypatch)
     monkeypatch.setattr(type(getattr(backend, kernel)), "run", out_of_resources)
     with pytest.warns(RuntimeWarning, match="do not run on cpu for torch.bfloat16 at rank 8.*shared memory"):
         assert not backend.works.__wrapped__(torch.device("cpu"), BF16, F32, 8)
+
+
+def compile_nothing_for_a_gpu_that_is_too_old(monkeypatch):
+    backend = importlib.import_module("spikelora.method.ops.triton_backend")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.warns(RuntimeWarning, match=r"compute capability is 7\.5.*compute capability 8\.0 or newer"):
+        assert not backend.works.__wrapped__(torch.device("cuda"), F32, F32, 8)
 
 
 def check_works(backend):

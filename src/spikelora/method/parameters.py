@@ -39,9 +39,11 @@ class NeuronParameters(nn.Module):
 
     def neuron(self) -> tuple[Tensor, Tensor]:
         """`v_threshold` and `tau` as the forward takes them, in float32."""
-        # As attributes they would take two microseconds of every forward.
-        v_threshold = (self._parameters if self.learn_threshold else self._buffers)["v_threshold"]
-        tau = (self._parameters if self.learn_tau else self._buffers)["tau"]
+        # As attributes they would take two microseconds of every forward. A replica of `nn.DataParallel` has no
+        # parameters, but attributes in their place.
+        learned = self._parameters or self.__dict__
+        v_threshold = (learned if self.learn_threshold else self._buffers)["v_threshold"]
+        tau = (learned if self.learn_tau else self._buffers)["tau"]
         assert v_threshold is not None
         assert tau is not None
         # FSDP2's mixed precision casts what is learned to bfloat16 for the forward; the number itself is in float32.

@@ -7,7 +7,7 @@ from `x`, `a` and the dropout's mask.
 """
 
 import functools
-import importlib.util
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -230,8 +230,16 @@ def _is_usual(x: Tensor, weight: Tensor, adapter: Adapter) -> bool:
 
 @functools.cache
 def _triton_backend() -> ModuleType | None:
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+    if torch.version.cuda is None:
         return None
-    from spikelora.method.ops import triton_backend
-
+    try:
+        from spikelora.method.ops import triton_backend
+    except Exception as error:  # it may be absent, or broken in any way
+        warnings.warn(
+            f"Triton cannot be imported: adapters on CUDA take plain torch, which is slower ({type(error).__name__}: "
+            f"{error}). Install the triton that belongs to this torch.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     return triton_backend

@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from spikelora.errors import SpikeLoraError
+
 # Block sizes are fixed rather than tuned: other sizes would change the order of summation.
 BLOCK = 64
 SMALL_BLOCK = 16  # the smallest that tl.dot takes
@@ -31,6 +33,7 @@ WIDE_BLOCK = 128  # features that one program adds into, after it has gathered t
 PROGRAMS = 256
 MIN_SPAN = 256
 MAX_SPANS = 16
+_CAPABILITY = 8, 0
 
 
 @functools.cache
@@ -38,6 +41,9 @@ def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, 
     """Whether the kernels compile and start on a device, tried once for such a layer; if not, a warning says why."""
     n_tokens, features = BLOCK + 1, 2 * BLOCK
     try:
+        if device.type == "cuda" and (has := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+            # Triton compiles for some of them, but to products without tensor cores for these precisions.
+            raise RuntimeError(f"its compute capability is {has[0]}.{has[1]}")
         with torch.no_grad():
             x, y = (torch.zeros(n_tokens, features, dtype=dtype, device=device) for _ in range(2))
             A = torch.zeros(rank, features, dtype=adapter_dtype, device=device)
@@ -46,6 +52,8 @@ def works(device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, 
             a = add_adapter_(y, x, A, B, v_threshold, tau, 1.0, 1.0, True)
             assert a is not None
             adapter_backward(y, x, x, a, A, B, v_threshold, tau, 1.0, False, 1.0, 1.0, (True,) * 4)
+    except torch.cuda.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as error:  # of Triton, its compiler or the driver, which have no common class
         warnings.warn(
             f"Triton's kernels do not run on {device} for {dtype} at rank {rank}: adapters take plain torch, "
@@ -359,7 +367,7 @@ def _start(
         kernel[grid](*tensors, *sizes, *numbers, *constants)
         return
     pointers: list[int | None] = []
-    bits, device = 0, -1
+    bits, device = 0, None
     for tensor in tensors:
         if tensor is None:
             pointers.append(None)
@@ -367,16 +375,21 @@ def _start(
             pointer = tensor.data_ptr()
             pointers.append(pointer)
             bits |= pointer
-            if device < 0:
+            if device is None:
                 device = tensor.get_device()
+            elif device != tensor.get_device():  # a kernel that reads it would end the process
+                raise SpikeLoraError(
+                    f"The input and the adapter of a layer are on {tensors[0].device} and {tensor.device}. Move the "
+                    "whole model to one device."
+                )
     key = (kernel.fn, device, sizes, constants, kinds)
     found = None if bits % 16 else _compiled.get(key)
     if found is None:
         made = kernel[grid](*tensors, *sizes, *numbers, *constants, **options)
         if not bits % 16:
-            _compiled[key] = made.run, made.function, made.packed_metadata
+            _compiled[key] = made.run, made.function, made.packed_metadata, made  # triton 3.8 unloads what is freed
         return
-    run, function, metadata = found
+    run, function, metadata, _ = found
     stream = driver.active.get_current_stream(device)
     run(*grid, 1, stream, function, metadata, None, None, None, *pointers, *sizes, *numbers, *constants)
 
