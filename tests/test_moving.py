@@ -263,6 +263,4 @@ def test_a_replica_of_data_parallel_is_the_model(learned):
         loss = each(TOKENS, labels=TOKENS).loss
         results.append((loss, *torch.autograd.grad(loss, list(found.values()))))
     torch.testing.assert_close(*results)
-    assert {name.rsplit(".", 1)[1] for name in found if "lora_gate" in name} == {
-        n[6:].replace("threshold", "v_threshold") for n in learned
-    }
+    assert sum("lora_gate" in name for name in found) == len(learned) * len(gates(model))

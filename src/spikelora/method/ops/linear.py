@@ -213,7 +213,8 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
     """Triton's kernels on CUDA, plain torch elsewhere and for a compiler, which makes kernels of its own.
 
     The kernels are taken at every size. If the GPU waits for the host, the number of launches decides: with the base's
-    own they are 3 in a forward and 7 in a training step, and 4 and 16 in plain torch (`make bench ARGS="--only host"`).
+    own they are 3 in a forward and 7 in a training step, or 9 with more than 256 tokens, and 4 and 16 in plain torch
+    (`make bench ARGS="--only host"`).
     """
     if not y.is_cuda or torch.compiler.is_compiling() or y.dtype == torch.float64 or A.shape[0] > _MAX_TRITON_RANK:
         return torch_backend

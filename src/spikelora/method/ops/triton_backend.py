@@ -379,8 +379,8 @@ def _start(
                 device = tensor.get_device()
             elif device != tensor.get_device():  # a kernel that reads it would end the process
                 raise SpikeLoraError(
-                    f"The input and the adapter of a layer are on {tensors[0].device} and {tensor.device}. Move the "
-                    "whole model to one device."
+                    f"A layer's input and adapter are on the CUDA devices {device} and {tensor.get_device()}, where -1 "
+                    "is the CPU. Move the whole model to one device."
                 )
     key = (kernel.fn, device, sizes, constants, kinds)
     found = None if bits % 16 else _compiled.get(key)
