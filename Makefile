@@ -98,7 +98,7 @@ quantised: $(QUANTISED)/.ready  ## the tests that need a library that quantises
 	$(WITH_QUANTISED) tests/test_quantised.py tests/test_finetuning.py tests/test_docs.py -k 'quantised or quantisation'
 
 # Programs of others with spiking adapters; what each needs besides .venv is in its own folder.
-TOOLS := lm_eval sentence_transformers diffusers ray
+TOOLS := lm_eval sentence_transformers diffusers ray opacus
 HTTP := certifi==2026.10.19.post1 charset-normalizer==3.5.3 requests==2.34.2 urllib3==2.8.0
 LEARN := cloudpickle==3.1.3 joblib==1.6.0 narwhals==2.29.0 scikit-learn==1.9.1 threadpoolctl==3.8.0
 build/tools/lm_eval/.ready: NEEDS = lm_eval==0.4.13 $(HTTP) $(LEARN) absl-py==2.5.1 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 \
@@ -110,6 +110,7 @@ build/tools/sentence_transformers/.ready: NEEDS = sentence-transformers==6.2.0 g
 build/tools/diffusers/.ready: NEEDS = diffusers==0.42.1 $(HTTP) importlib_metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2
 build/tools/ray/.ready: NEEDS = ray==2.60.0 $(HTTP) attrs==26.1.0 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 \
 	msgpack==1.2.4 referencing==0.37.0 rpds-py==2026.9.1 tensorboardX==2.6.5
+build/tools/opacus/.ready: NEEDS = opacus==1.6.0 opt_einsum==3.4.0
 
 $(TOOLS:%=build/tools/%/.ready): $(READY)
 	$(BIN)/python -m pip install --no-deps --target $(@D) $(NEEDS)
