@@ -277,9 +277,12 @@ REPLACED = {name: act for name, (act, *_) in CHANGES.items() if name != "nothing
 class TestKept:
     """A choice that was kept goes with the first change of what it rests on."""
 
+    @pytest.mark.parametrize("options", [{}, {"learn_threshold": True}, {"lora_dropout": 0.3}], ids=str)
     @pytest.mark.parametrize("change", sorted(REPLACED))
-    def test_a_change_is_noticed(self, change):
-        layer, x = one_layer(), batch(2, 3, 6)
+    def test_a_change_is_noticed(self, change, options):
+        if change == "threshold" and options.get("learn_threshold"):
+            options = {}  # torch refuses a tensor in place of a parameter
+        layer, x = one_layer(**options), batch(2, 3, 6)
         fresh = copy.deepcopy(layer)
         layer(x)
         assert kept(layer, x)
@@ -320,6 +323,12 @@ class TestKept:
         with torch.autocast("cpu"):
             assert kept(layer, x) is None
             assert layer(x).dtype == torch.bfloat16
+            assert kept(layer, x)
+            assert_same(results(layer, x), results(layer, x, PLAIN), 0.02, 0.02)
+        assert kept(layer, x) is None
+        layer(x)
+        with torch.autocast("cpu", torch.float16):
+            assert layer(x).dtype == torch.float16
         torch.testing.assert_close(torch.func.vmap(layer)(x), y)
         seen = []
         handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
@@ -376,11 +385,32 @@ class TestKept:
         model(batch(2, 6))
         assert len(seen) == 1
 
-    @pytest.mark.parametrize("options", [{"learn_threshold": True}, {"learn_tau": True}, {"lora_dropout": 0.1}])
-    def test_what_is_new_in_each_forward_is_not_kept(self, options):
-        layer, x = one_layer(**options), batch(2, 3, 6)
+    def test_what_is_new_in_each_forward_is_not_kept(self):
+        layer, x = one_layer(learn_tau=True), batch(2, 3, 6)
         layer(x)
         assert kept(layer, x) is None
+
+    def test_another_dropout_is_noticed(self):
+        layer, x = one_layer(lora_dropout=0.3).train(), batch(2, 3, 6)
+        dropout = layer.lora_dropout["default"]
+        for change in (layer.eval, layer.train, lambda: setattr(dropout, "p", 0.6)):
+            layer(x)
+            assert kept(layer, x)
+            change()
+            assert kept(layer, x) is None
+            torch.manual_seed(5)
+            actual = results(layer, x)
+            torch.manual_seed(5)
+            assert_same(actual, results(layer, x, PLAIN))
+
+    def test_a_learned_threshold_that_moves_or_is_frozen(self):
+        layer, x = one_layer(learn_threshold=True), batch(2, 3, 6)
+        v_threshold = part_of(layer, "lora_gate").v_threshold
+        for change in (lambda: v_threshold.data.mul_(-2), lambda: v_threshold.requires_grad_(False)):
+            layer(x)
+            change()
+            assert kept(layer, x)
+            assert_same(results(layer, x), results(layer, x, PLAIN))
 
 
 class TestForced:

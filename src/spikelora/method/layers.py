@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spikelora.errors import SpikeLoraError
 from spikelora.method import variants
-from spikelora.method.ops.linear import spike_branch, spike_linear, spike_linear_uncast
+from spikelora.method.ops.linear import spike_branch, spike_linear
 from spikelora.method.paths import Choice, Path, choose, keep, kept, returns_private
 from spikelora.method.sharding import own_shard
 
@@ -148,7 +148,7 @@ class SpikingLinear(SpikingLayer):
         if not args and not kwargs:
             operands = kept(self, x)
             if operands is not None:
-                return spike_linear_uncast(x, *operands, is_usual=True)
+                return spike_linear(x, *operands)
         adapters = self.active_adapters
         if args or kwargs or self.disable_adapters or len(adapters) != 1 or adapters[0] not in self._gates():
             return self._forward_of_peft(x, *args, **kwargs)

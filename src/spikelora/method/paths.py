@@ -50,6 +50,7 @@ class Kept(NamedTuple):
     active: list[str]
     parts: tuple[Any, ...]  # the base layer, and the adapter's in the order of `_PARTS`
     dtypes: tuple[torch.dtype, ...]
+    autocast: torch.dtype | None
     device: str
     n_hooks: int
 
@@ -86,19 +87,22 @@ def choose(layer: Any, adapter_name: str, x: Tensor) -> Choice:
 
 
 def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
-    """Remember for `kept` that a layer takes `Path.FUSED`; not with dropout, learned numbers or observers."""
+    """Remember for `kept` that a layer takes `Path.FUSED`; not with a learned tau, which is computed anew, nor with
+    observers.
+    """
     if torch.compiler.is_compiling():
         return
     modules = layer._modules
-    dropout, gate = modules["lora_dropout"]._modules[adapter_name], modules["lora_gate"]._modules[adapter_name]
-    if type(dropout) is not nn.Identity or gate.learn_threshold or gate.learn_tau or gate.observers:
+    gate = modules["lora_gate"]._modules[adapter_name]
+    if gate.learn_tau or gate.observers:
         return
     base = modules["base_layer"]
-    if type(base) is nn.Linear and x.dtype == base.weight.dtype and not x.is_meta:
+    if type(base) is nn.Linear and not x.is_meta:
         parts = (modules[name]._modules[adapter_name] for name in _PARTS)
-        dtypes = (x.dtype, x.dtype, adapter.A.dtype, adapter.A.dtype, torch.float32, torch.float32)
-        n_hooks = RemovableHandle.next_id
-        layer.__dict__["_kept"] = Kept(adapter, [adapter_name], (base, *parts), dtypes, x.device.type, n_hooks)
+        dtypes = (x.dtype, base.weight.dtype, adapter.A.dtype, adapter.A.dtype, torch.float32, torch.float32)
+        device, n_hooks = x.device.type, RemovableHandle.next_id
+        autocast = _autocast_dtype(device)
+        layer.__dict__["_kept"] = Kept(adapter, [adapter_name], (base, *parts), dtypes, autocast, device, n_hooks)
 
 
 def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
@@ -121,8 +125,8 @@ def kept(layer: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Adapter] | None:
 
 
 def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor) -> bool:
-    adapter, active, parts, dtypes, device, n_hooks = choice
-    A, B, v_threshold, tau, alpha, straight_through, scaling, _, _ = adapter
+    adapter, active, parts, dtypes, autocast, device, n_hooks = choice
+    A, B, v_threshold, tau, alpha, straight_through, scaling, p, _ = adapter
     base, lora_A, lora_B, dropout, gate = parts
     modules, (name,) = own["_modules"], active
     if not (
@@ -137,32 +141,39 @@ def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor)
         and modules["lora_dropout"]._modules.get(name) is dropout
         and modules["lora_gate"]._modules.get(name) is gate
         and type(base) is type(lora_A) is type(lora_B) is nn.Linear
-        and type(dropout) is nn.Identity
+        and type(dropout) in _DROPOUTS
         and type(gate) is SpikeGate
-        and not torch.is_autocast_enabled(device)
+        and _autocast_dtype(device) is autocast
         and not is_transformed()
         and _forced is None
     ):
         return False
     downs, ups, numbers, of_gate = lora_A._parameters, lora_B._parameters, gate._buffers, gate.__dict__
+    of_threshold = gate._parameters if of_gate["learn_threshold"] else numbers
     return (
         type(weight) is type(A) is type(B) is nn.Parameter
         and (bias is None or type(bias) is nn.Parameter)
-        and type(v_threshold) is type(tau) is type(x) is Tensor
+        and type(tau) is type(x) is Tensor
+        and (type(v_threshold) is Tensor or type(v_threshold) is nn.Parameter)
         and (x.dtype, weight.dtype, A.dtype, B.dtype, v_threshold.dtype, tau.dtype) == dtypes
         and not weight.requires_grad
         and downs.get("weight") is A
         and downs.get("bias") is None
         and ups.get("weight") is B
         and ups.get("bias") is None
-        and numbers.get("v_threshold") is v_threshold
+        and of_threshold.get("v_threshold") is v_threshold
         and numbers.get("tau") is tau
+        and (type(dropout) is nn.Identity or (dropout.p if dropout.training else 0.0) == p)
         and of_gate["surrogate_alpha"] is alpha
         and of_gate["straight_through"] is straight_through
         and not of_gate["observers"]
         and not ("forward" in base.__dict__ or "forward" in lora_A.__dict__ or "forward" in lora_B.__dict__)
         and not ("forward" in of_gate or "forward" in dropout.__dict__)
     )
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def returns_private(base: Any) -> bool:

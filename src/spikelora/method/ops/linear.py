@@ -39,17 +39,10 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     """
     if is_autocast(x):
         x, adapter = _as_autocast(x, adapter)
-    return spike_linear_uncast(x, weight, bias, adapter)
-
-
-def spike_linear_uncast(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, is_usual: bool = False
-) -> Tensor:
-    """The same, once autocast is off or its casts are made; `is_usual` if `_is_usual` is known to hold."""
     if torch.is_grad_enabled():
         # With one token of width 64 UsualLinear takes 1.2 to 1.3 times LoRA's time, _SpikeLinear 1.5 (float32, r = 8,
         # AMD EPYC). Of the host's part with Triton's kernels they take 0.97 and 1.03.
-        if is_usual or _is_usual(x, weight, adapter):
+        if _is_usual(adapter):
             number, backend = firing_of_few(x, adapter), _backend(x, adapter.A)
             y: Tensor = UsualLinear.apply(x, weight, bias, adapter.A, adapter.B, adapter, number, backend)
             return y
@@ -171,7 +164,7 @@ class _SpikeBranch(torch.autograd.Function):
 def _as_autocast(x: Tensor, adapter: Adapter) -> tuple[Tensor, Adapter]:
     """The operands as autocast would cast them, with casts that autograd sees."""
     dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), adapter._replace(A=adapter.A.to(dtype), B=adapter.B.to(dtype))
+    return x.to(dtype), Adapter(adapter.A.to(dtype), adapter.B.to(dtype), *adapter[2:])
 
 
 def _add_adapter_(y: Tensor, x: Tensor, adapter: Adapter, need_a: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -222,11 +215,10 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
     return kernels if kernels is not None and kernels.works(y.device, y.dtype, A.dtype, A.shape[0]) else torch_backend
 
 
-def _is_usual(x: Tensor, weight: Tensor, adapter: Adapter) -> bool:
-    """Whether `UsualLinear` applies. `paths.keep` keeps nothing else."""
+def _is_usual(adapter: Adapter) -> bool:
+    """Whether `UsualLinear` applies."""
     _, _, v_threshold, tau, _, _, _, dropout, _ = adapter
-    is_learned = v_threshold.requires_grad or tau.requires_grad
-    return not (torch.compiler.is_compiling() or dropout or is_learned) and x.dtype is weight.dtype
+    return not (torch.compiler.is_compiling() or dropout or v_threshold.requires_grad or tau.requires_grad)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from spikelora.method.composed import as_saved
 from spikelora.method.ops.adapter import Adapter, as_new, tokens_of, without_autocast
 from spikelora.method.ops.firing import Firing, firing, gate_backward, has_closed_form
-from spikelora.method.ops.frozen import product_backward
+from spikelora.method.ops.frozen import product, product_backward
 from spikelora.method.ops.second_backward import composed_backward, is_composed, stand_in
 from spikelora.method.ops.torch_backend import scaled_product
 
@@ -50,7 +50,7 @@ class UsualLinear(torch.autograd.Function):
     ) -> Tensor:
         _, _, v_threshold, tau, _, _, scaling, _, observers = adapter
         tokens = x if x.dim() == 2 else tokens_of(x)
-        y = F.linear(tokens, weight, bias)
+        y = product(tokens, weight, bias)
         if number is None:
             a, gated = backend.add_adapter_(y, tokens, A, B, v_threshold, tau, 1.0, scaling, True), None
         else:
