@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -41,6 +42,14 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 # What the rooms above this one add to a card: Markdown about its folder, empty where there is nothing to say.
 card_sections: list[Callable[[Path], str]] = []
 _ADDED = re.compile(r"\n*<!-- spikelora: .*?<!-- spikelora: end -->", re.DOTALL)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The path that an argument of this name is given as; a `SpikeLoraError` where it is none."""
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise SpikeLoraError(f"`{name}` must be text or a path, got {value!r}. Give an adapter's folder.") from error
 
 
 def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
