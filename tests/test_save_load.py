@@ -1,7 +1,9 @@
 """Every loader loads exactly what was saved, and nothing that is only half right."""
 
 import json
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -256,6 +258,72 @@ def test_a_file_in_bfloat16_loads_with_gates_in_float32(saved, low_cpu_mem_usage
     dtypes = {("lora_gate" in name, p.dtype) for name, p in model.state_dict().items() if "lora_" in name}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     assert model(TOKENS).logits.isfinite().all()
+
+
+def load_with(saved, dtype, thresholds, tau=2.0):
+    """The warning of a file with these thresholds in another dtype, one for each module in their order."""
+
+    def cast(tensors):
+        names = [name for name in sorted(tensors) if name.endswith("v_threshold")]
+        values = dict(zip(names, [*thresholds] + [0.5] * len(names), strict=False))
+        values |= {name.replace("v_threshold", "tau"): tau for name in names}
+        tensors.update({name: torch.tensor([value]).to(dtype) for name, value in values.items()})
+
+    edit(saved[0], cast)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        PeftModel.from_pretrained(tiny_opt(), saved[0])
+    return {str(warning.message) for warning in caught}
+
+
+FC1 = "base_model.model.model.decoder.layers.0.fc1.lora_gate"
+FC2 = "base_model.model.model.decoder.layers.0.fc2.lora_gate"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "threshold", "said"),
+    [
+        (torch.bfloat16, 0.3173, "0.31640625 and may have been anything from 0.31543 to 0.317383"),
+        (torch.bfloat16, 0.123, "0.12304688 and may have been anything from 0.122803 to 0.123291"),
+        (torch.bfloat16, -0.3173, "-0.31640625 and may have been anything from -0.317383 to -0.31543"),
+        (torch.bfloat16, 0.12, "0.12011719 and was probably 0.12"),
+        (torch.float16, 0.3173, "0.31738281 and may have been anything from 0.317261 to 0.317505"),
+        (torch.float16, 0.1, "0.099975586 and was probably 0.1"),
+    ],
+)
+def test_a_threshold_in_half_precision_is_named(saved, dtype, threshold, said):
+    (warning,) = load_with(saved, dtype, [0.5, threshold])
+    assert warning == (
+        "1 numbers of neurons in the adapter's file were rounded to half precision, such as "
+        f"`{FC2}.v_threshold`, which is {said}. Load the adapter that training saved, with these numbers in float32, "
+        "or calibrate its thresholds again."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_may_have_been_rounded_to_a_threshold(saved, dtype):
+    (warning,) = load_with(saved, dtype, [0.3173])
+    low, high = (float(number) for number in re.search(r"anything from (\S+) to (\S+)\. Load", warning).groups())
+    rounded = torch.tensor(0.3173).to(dtype)
+    assert torch.linspace(low + 1e-6, high - 1e-6, 100).to(dtype).eq(rounded).all()
+    assert not torch.tensor([low - 1e-6, high + 1e-6]).to(dtype).eq(rounded).any()
+
+
+def test_each_number_in_half_precision_is_counted(saved):
+    thresholds = [0.1, 0.3173, 0.123, 0.4561, 0.789]
+    (warning,) = load_with(saved, torch.bfloat16, thresholds, tau=2.3)
+    assert warning.startswith("17 numbers of neurons")  # and 12 of tau
+    assert f"`{FC1}.v_threshold`, which is 0.10009766 and was probably 0.1; `{FC1}.tau`, which is 2.296875" in warning
+    assert f"; `{FC2}.v_threshold`, which is 0.31640625 and may have been" in warning
+    assert "; and 14 more. Load" in warning
+
+
+@pytest.mark.parametrize(
+    ("dtype", "thresholds", "tau"),
+    [(torch.float16, [0.25, -1.5], 2.0), (torch.bfloat16, [0.0, 3.0], 2.5), (torch.float32, [0.3173, 0.1], 2.3)],
+)
+def test_numbers_that_are_as_they_were_need_no_warning(saved, dtype, thresholds, tau):
+    assert not load_with(saved, dtype, thresholds, tau)
 
 
 def test_a_tau_of_one_in_bfloat16(saved):

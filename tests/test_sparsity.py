@@ -224,7 +224,9 @@ def test_an_adapter_that_was_deleted_keeps_what_was_counted():
 
 def test_no_adapter_that_is_counted():
     model = spiking(tiny_gpt2())
-    with SparsityMeter(model.eval(), adapters=[]) as meter:
+    model.add_adapter("other", SpikeLoraConfig(target_modules=["c_attn"]))
+    with SparsityMeter(model.eval(), adapters=["other"]) as meter:
+        model.delete_adapter("other")
         model(input_ids=TOKENS)
     assert meter.report().tokens == 0
     assert math.isnan(meter.report().sparsity)

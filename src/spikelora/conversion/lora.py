@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from spikelora.conversion.moments import Moments, exact, lost_share
 from spikelora.conversion.pruning import tied
 from spikelora.errors import SpikeLoraError
 from spikelora.method.layers import SpikingLayer, is_grouped, make_plain, make_spiking
+from spikelora.peft.adapter_files import as_path
 from spikelora.peft.config import SpikeLoraConfig
 from spikelora.peft.read_not_called import check_called
 from spikelora.peft.targets import check_target
@@ -96,7 +96,7 @@ class LoraApproximation:
         The old configuration is removed first and the new one written last: if the writing is interrupted, nothing
         loads.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).unlink(missing_ok=True)
         save_file(self.tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
@@ -20,6 +21,7 @@ _REMEDY = "Load the adapter that training saved."
 _UP = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 # A base model may have its own modules whose names begin like that.
 _OWN = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|gate|magnitude_vector)(\.|$)")
+_NAMED = 3  # numbers in one warning
 _NEURON = {".lora_gate.v_threshold": -torch.inf, ".lora_gate.tau": MIN_TAU}  # and their lowest values
 
 _CARD_HEADING = "## SpikeLoRA"
@@ -41,6 +43,14 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/adapter")
 # What the rooms above this one add to a card: Markdown about its folder, empty where there is nothing to say.
 card_sections: list[Callable[[Path], str]] = []
 _ADDED = re.compile(r"\n*<!-- spikelora: .*?<!-- spikelora: end -->", re.DOTALL)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The path that an argument of this name is given as; a `SpikeLoraError` where it is none."""
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise SpikeLoraError(f"`{name}` must be text or a path, got {value!r}. Give an adapter's folder.") from error
 
 
 def check_weights(folder: Path, needed: bool) -> dict[str, Tensor]:
@@ -131,21 +141,35 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _warn_of_rounded(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> None:
-    """Warn of numbers that look like decimals rounded to half precision, such as 0.10009766 for 0.1 in bfloat16."""
+    """Warn of numbers in half precision, but those that it holds as they were written, such as 0.5 and 2."""
     rounded = []
     for name in (module + symbol for module in modules for symbol in _NEURON):
-        dtype, value = tensors[name].dtype, tensors[name].item()
+        tensor = tensors[name].cpu()  # on CUDA `nextafter` may lack float16
+        value = tensor.item()
+        if tensor.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        # A longer decimal says nothing: in bfloat16 nearly every number is what one of three digits rounds to.
         shorter = (float(f"{value:.{digits}g}") for digits in (1, 2))
-        before = next((number for number in shorter if torch.tensor(number, dtype=dtype).item() == value), value)
-        if dtype in (torch.float16, torch.bfloat16) and before != value:
+        before = next((number for number in shorter if tensor.new_tensor(number).item() == value), None)
+        if before is None:
+            low, high = (_halfway(tensor, end) for end in (-torch.inf, torch.inf))
+            rounded.append(f"`{name}`, which is {value:.8g} and may have been anything from {low:.6g} to {high:.6g}")
+        elif before != value:
             rounded.append(f"`{name}`, which is {value:.8g} and was probably {before:g}")
     if rounded:
+        more = f"; and {len(rounded) - _NAMED} more" if len(rounded) > _NAMED else ""
         warnings.warn(
             f"{len(rounded)} numbers of neurons in the adapter's file were rounded to half precision, such as "
-            f"{rounded[0]}. Load the adapter that training saved, or calibrate its thresholds again.",
+            f"{'; '.join(rounded[:_NAMED])}{more}. Load the adapter that training saved, with these numbers in "
+            "float32, or calibrate its thresholds again.",
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _halfway(tensor: Tensor, end: float) -> float:
+    """The last number on the way to the end that is rounded to the one in the tensor."""
+    return (tensor.item() + tensor.nextafter(torch.full_like(tensor, end)).item()) / 2
 
 
 def _check_rank(module: str, A: Tensor, B: Tensor) -> None:

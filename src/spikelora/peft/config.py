@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 
 from spikelora.errors import SpikeLoraError
 from spikelora.method.parameters import MIN_TAU
-from spikelora.peft.adapter_files import check_weights, low_rank_names, refuse_pickle
+from spikelora.peft.adapter_files import as_path, check_weights, low_rank_names, refuse_pickle
 from spikelora.peft.targets import check_scope, check_target
 
 # Options of LoRA that contradict the gate, and what to do instead.
@@ -193,7 +193,7 @@ class SpikeLoraConfig(LoraConfig):
         Raises:
             SpikeLoraError: if the folder has weights as a pickle, which would not load.
         """
-        refuse_pickle(Path(save_directory))  # PEFT writes the weights first
+        refuse_pickle(as_path("save_directory", save_directory))  # PEFT writes the weights first
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
@@ -205,7 +205,8 @@ class SpikeLoraConfig(LoraConfig):
         Raises:
             SpikeLoraError: if the adapter in a local folder is of another method, damaged or incomplete.
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        folder = as_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        folder /= as_path("subfolder", "" if subfolder is None else subfolder)
         if folder.is_dir() and not (folder / CONFIG_NAME).exists():
             raise SpikeLoraError(
                 f"{folder} has no {CONFIG_NAME}: it is not an adapter, or a part of it is missing. Give an adapter's "
@@ -232,7 +233,11 @@ class SpikeLoraConfig(LoraConfig):
                 needs them; a configuration that was saved by itself does not.
             kwargs: further arguments for the hub, such as `revision`.
         """
-        folder = Path(name_or_path, subfolder or "")
+        folder = as_path("name_or_path", name_or_path) / as_path("subfolder", "" if subfolder is None else subfolder)
+        if not isinstance(needed, bool):
+            raise SpikeLoraError(
+                f"`needed` must be True or False, got {needed!r}. Leave it at False if `inference_mode` is to say it."
+            )
         needed = needed or self.inference_mode
         if not folder.is_dir():
             if not needed:
@@ -274,7 +279,7 @@ def _finite(name: str, value: Any) -> float:
 
 def _patterns(name: str, patterns: Any) -> dict[str, Any]:
     """The patterns as a dict, each key a regular expression."""
-    patterns = patterns or {}
+    patterns = {} if patterns is None else patterns
     if not isinstance(patterns, dict):
         raise SpikeLoraError(
             f"`{name}` must map module names to values, got {patterns!r}. Give a dict, whose keys are names of "

@@ -200,11 +200,11 @@ def operations(
 
     Source: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9.
     """
-    if isinstance(tokens_per_pass, bool) or not isinstance(tokens_per_pass, int) or tokens_per_pass < 1:
-        raise SpikeLoraError(f"`tokens_per_pass` must be a whole number from 1 on, got {tokens_per_pass!r}. Try 1.")
-    for name, value in (("weight_pj", weight_pj), ("activation_pj", activation_pj)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise SpikeLoraError(f"`{name}` must be finite and not negative, in pJ, got {value!r}. Leave it out.")
+    if isinstance(tokens_per_pass, bool) or not isinstance(tokens_per_pass, int) or not 1 <= tokens_per_pass <= 1e30:
+        raise SpikeLoraError(f"`tokens_per_pass` must be whole, from 1 to 1e30, got {tokens_per_pass!r}. Try 1.")
+    for name, value in (("weight_pj", weight_pj), ("activation_pj", activation_pj)):  # sums of far larger ones overflow
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e30:
+            raise SpikeLoraError(f"`{name}` must be a number from 0 to 1e30, in pJ, got {value!r}. Leave it out.")
     if not isinstance(report, SparsityReport):
         raise SpikeLoraError(
             f"`report` must be a SparsityReport, got a {type(report).__name__}. Give what "

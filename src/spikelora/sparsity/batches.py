@@ -60,7 +60,7 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
                 inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
                 sizes = [v.numel() for v in inputs.values() if isinstance(v, Tensor)]
                 if any(sizes) or not sizes:  # models fail on batches without any token
-                    _call(model, inputs)
+                    _call(model, inputs, n_batches)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -75,23 +75,19 @@ def run(model: nn.Module, batches: Iterable[Mapping[str, Any]], observer: Observ
         )
 
 
-def _call(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+def _call(model: nn.Module, inputs: Mapping[str, Any], number: int) -> None:
     try:
         model(**inputs)
-    except SpikeLoraError:
+    except (SpikeLoraError, torch.OutOfMemoryError):  # programs that meet the second try a smaller batch
         raise
-    except (AttributeError, TypeError, ValueError) as error:
-        if not any(isinstance(value, Tensor) for value in inputs.values()):
-            kinds = ", ".join(f"`{name}` is a {type(value).__name__}" for name, value in inputs.items())
-            raise SpikeLoraError(
-                f"`batches` must hold tensors, but {kinds or 'a batch is empty'}. Give what the tokenizer returns "
-                'with `return_tensors="pt"`.'
-            ) from error
-        if isinstance(error, ValueError) or "unexpected keyword argument" in str(error):
-            raise SpikeLoraError(
-                f"`batches` does not hold what the model takes ({error}). Give the keyword arguments of its forward."
-            ) from error
-        raise
+    except Exception as error:
+        kinds = (f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in inputs.values())
+        entries = ", ".join(f"`{name}` as {kind}" for name, kind in zip(inputs, kinds, strict=True))
+        raise SpikeLoraError(
+            f"The model could not be run with batch {number} of `batches`, whose entries are {entries or 'none'} "
+            f"({type(error).__name__}: {error}). Give the arguments of its forward as tensors, such as a tokenizer's "
+            'with `return_tensors="pt"`, or look for the cause in the model.'
+        ) from error
 
 
 def warn_of_unreached(model: nn.Module, reached: Iterable[Gated], outcome: str) -> None:

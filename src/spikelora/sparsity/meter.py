@@ -113,22 +113,25 @@ class SparsityMeter:
     def __init__(
         self, model: nn.Module, training: bool | None = None, adapters: Collection[str] | str | None = None
     ) -> None:
-        if training not in (True, False, None):
+        if not isinstance(training, bool | None):
             raise SpikeLoraError(
                 f"`training` must be True, False or None, got {training!r}. Leave it at None to count both modes."
             )
         self._model = model
         self._training = training
-        adapters = [adapters] if isinstance(adapters, str) else adapters
         found = gates(model)
         if adapters is not None:
             known = {gated.adapter for gated in found}
-            if not isinstance(adapters, Collection) or not known.issuperset(adapters):
+            try:
+                chosen = {adapters} if isinstance(adapters, str) else set(adapters)
+            except TypeError:  # no collection, or one of what cannot be a name
+                chosen = set()
+            if not chosen or not chosen <= known:
                 raise SpikeLoraError(
                     f"`adapters` must be of the model's own, got {adapters!r}. Name some of "
                     f"{', '.join(map(repr, sorted(known)))}, or leave it out for all."
                 )
-            found = [gated for gated in found if gated.adapter in adapters]
+            found = [gated for gated in found if gated.adapter in chosen]
         self._gated = {(gated.module, gated.adapter): gated for gated in found}
         self._counts: dict[tuple[str, str], Tensor] = {}
         self._context = ExitStack()

@@ -178,7 +178,8 @@ class SparsityCallback(TrainerCallback):
 
 def _meter(model: nn.Module, training: bool | None = None) -> SparsityMeter:
     """A meter of the adapters that are active now: a reference policy, for example, is left out."""
-    return SparsityMeter(model, training, {gated.adapter for gated in gates(model) if gated.is_active})
+    active = {gated.adapter for gated in gates(model) if gated.is_active}
+    return SparsityMeter(model, training, active or None)  # none, if a LoRA beside them is trained
 
 
 @contextmanager
