@@ -380,7 +380,7 @@ def _start(
             elif device != tensor.get_device():  # a kernel that reads it would end the process
                 raise SpikeLoraError(
                     f"A layer's input and adapter are on the CUDA devices {device} and {tensor.get_device()}, where -1 "
-                    "is the CPU. Move the whole model to one device."
+                    "is the CPU. Put the whole model on one device."
                 )
     key = (kernel.fn, device, sizes, constants, kinds)
     found = None if bits % 16 else _compiled.get(key)
