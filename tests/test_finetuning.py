@@ -25,8 +25,8 @@ from spikelora import SpikeLoraConfig
 FOLDER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning"
 SCRIPT = FOLDER / "spikelora_finetuning.py"
 sys.path.append(str(FOLDER))  # as where a script is run
-# Enough to see the loss fall, and no more.
-SMALL = ["--max_steps=24", "--batch_size=4", "--cutoff_len=64", "--val_set_size=4", "--save_step=8", "--eval_step=24"]
+# Enough to see the loss fall, and no more. The text is that of Python's own manual, so it differs between its versions.
+SMALL = ["--max_steps=32", "--batch_size=4", "--cutoff_len=64", "--val_set_size=4", "--save_step=8", "--eval_step=32"]
 SMALL += ["--compare_lora=false"]  # where it is not asked for
 
 # Runs the script and ends it, in whatever thread, where it opens a socket.
@@ -77,7 +77,7 @@ def test_the_loss_falls_and_everything_is_saved(finished):
     for method in ("spikelora", "lora"):
         assert metrics[method]["loss"] < metrics["before"]["loss"] - 0.05
     assert metrics["before"]["tokens"] == metrics["spikelora"]["tokens"] > 0
-    assert metrics["spikelora"]["steps"] == 24
+    assert metrics["spikelora"]["steps"] == 32
     assert 0.1 < metrics["spikelora"]["sparsity"] < 1
     assert set(metrics["spikelora"]["sparsity_by_kind"]) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
     assert len(metrics["spikelora"]["sparsity_by_module"]) == 24
@@ -180,8 +180,8 @@ def test_a_killed_run_goes_on_to_the_same_end(script, finished, monkeypatch, tmp
     run_here(script, monkeypatch, *flags, "--resume_from_checkpoint")
     again = json.loads((tmp_path / "metrics.json").read_text())["spikelora"]
     assert (again["steps"], again["loss"]) == (actual["steps"], actual["loss"])
-    run_here(script, monkeypatch, *flags, "--resume_from_checkpoint", "--max_steps=26")
-    assert json.loads((tmp_path / "metrics.json").read_text())["spikelora"]["steps"] == 26
+    run_here(script, monkeypatch, *flags, "--resume_from_checkpoint", "--max_steps=34")
+    assert json.loads((tmp_path / "metrics.json").read_text())["spikelora"]["steps"] == 34
 
 
 def test_no_held_out_passage_stands_in_the_training_text(script):

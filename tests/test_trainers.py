@@ -28,6 +28,7 @@ from trl import (
 
 from spikelora import SpikeLoraConfig, SpikeLoraError
 from spikelora.method.gate import SpikeGate
+from spikelora.peft.trainers import guard_trainers
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "spikelora_finetuning" / "model"
 GENERATOR = torch.Generator().manual_seed(0)
@@ -495,6 +496,17 @@ def test_a_reference_model_that_follows_has_the_thresholds(alpha, small, tokeniz
     assert [gate.v_threshold.item() for gate in gates] == pytest.approx([0.3 + alpha * (0.02 - 0.3)] * 12)
     assert torch.equal(logits(trainer.ref_model), logits(model)) == (alpha == 1)
     assert not torch.equal(logits(model), logits(load(small)))
+
+
+def test_a_process_that_mixes_no_parameters_mixes_the_numbers(monkeypatch):
+    """As under ZeRO-3, where TRL mixes parameters in the first process alone."""
+    models = [spiking(tiny_opt(), v_threshold=v_threshold) for v_threshold in (0.3, 0.1)]
+    guard_trainers()
+    callback = trl.trainer.callbacks.SyncRefModelCallback
+    monkeypatch.setattr(callback, "_sync_target_model", lambda *args: None)
+    callback.sync_target_model(*models, 0.25)
+    thresholds = [gate.v_threshold.item() for gate in models[1].modules() if isinstance(gate, SpikeGate)]
+    assert thresholds == pytest.approx([0.15] * 12)
 
 
 class Engine:

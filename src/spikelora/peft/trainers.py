@@ -88,11 +88,11 @@ def _guard_synchronising() -> None:
     callbacks: Any = sys.modules.get("trl.trainer.callbacks")
     if callbacks is not None:
         callback = callbacks.SyncRefModelCallback
-        callback._sync_target_model = staticmethod(_with_numbers(original(callback._sync_target_model)))
+        callback.sync_target_model = staticmethod(_with_numbers(original(callback.sync_target_model)))
 
 
 def _with_numbers(sync: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(sync)
+    @functools.wraps(sync)  # in every process, where under ZeRO-3 TRL mixes gathered parameters in the first alone
     def with_numbers(model: nn.Module, target_model: nn.Module, alpha: float) -> None:
         sync(model, target_model, alpha)
         both = ([gate for gate in each.modules() if _is_gate(gate)] for each in (target_model, model))
