@@ -5,9 +5,10 @@ on the CPU through the code for a GPU, with kernels that start nothing.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from .one_layer import layers
 TOKENS, WIDTH, R = 1, 64, 8
 INFERENCE, FORWARD, STEP = "inference", "forward of a training", "forward and backward"
 CPU, KERNELS = "torch on a CPU", "kernels of a GPU, not started"
+# The usual training, and what else trainings have; the first alone is also counted for torch on a CPU.
+USUAL, AUTOCAST = "usual", "bfloat16 autocast"
+OTHERS: dict[str, dict[str, Any]] = {"dropout": {"lora_dropout": 0.05}, "learned threshold": {"learn_threshold": True}}
+KINDS = (USUAL, AUTOCAST, *OTHERS)
 # These launch nothing: memory, and one number that a CPU reads.
 _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense", "_unsafe_view", "detach"}
 
@@ -33,21 +38,23 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
         return []
     rounds = 3 if quick else 41
     return [
-        Job(f"host, {way}, {dtype}", partial(_run, way, dtype, rounds))
-        for way in (CPU, KERNELS)
+        Job(f"host, {way}, {dtype}, {kind}", partial(_run, way, dtype, kind, rounds))
+        for way, kinds in ((CPU, (USUAL,)), (KERNELS, KINDS))
+        for kind in kinds
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
 
-def _run(way: str, dtype: torch.dtype, rounds: int) -> dict[str, list[Row]]:
+def _run(way: str, dtype: torch.dtype, kind: str, rounds: int) -> dict[str, list[Row]]:
     rows, threads = [], torch.get_num_threads()
-    launched = launches(way, dtype)
+    launched = launches(way, dtype, kind)
     torch.set_num_threads(1)  # others would only wait for each other
     with as_on(way):
-        for quantity, calls in calls_of(dtype).items():
+        for quantity, calls in calls_of(dtype, kind).items():
             times = interleaved(calls, rounds, torch.device("cpu"), 100)
             for name in times.columns:
-                row = {"way": way, "dtype": str(dtype).removeprefix("torch."), "quantity": quantity, "method": name}
+                row = {"way": way, "dtype": str(dtype).removeprefix("torch."), "kind": kind, "quantity": quantity}
+                row |= {"method": name}
                 row |= {"launches": launched[quantity][name], "rounds": rounds} | spread(times[name], "seconds")
                 row |= spread(ratio(times, name, LORA), "to_lora")
                 rows.append(row | spread(overhead_share(times, name, BASE, LORA), "overhead_share") | times.attrs)
@@ -55,30 +62,38 @@ def _run(way: str, dtype: torch.dtype, rounds: int) -> dict[str, list[Row]]:
     return {"host": rows}
 
 
-def calls_of(dtype: torch.dtype) -> dict[str, dict[str, Callable[[], object]]]:
+def calls_of(dtype: torch.dtype, kind: str = USUAL) -> dict[str, dict[str, Callable[[], object]]]:
     """The calls that are measured, by quantity and method."""
-    built = layers(WIDTH, R, dtype, torch.device("cpu"))
+    built = layers(WIDTH, R, dtype, torch.device("cpu"), **OTHERS.get(kind, {}))
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
-    leaf, grad_y = x.clone().requires_grad_(), torch.ones_like(x)
+    around, of_y = (partial(torch.autocast, "cpu"), torch.bfloat16) if kind == AUTOCAST else (nullcontext, dtype)
+    leaf, grad_y = x.clone().requires_grad_(), torch.ones_like(x, dtype=of_y)
     makers = {
-        INFERENCE: lambda layer: torch.no_grad()(partial(layer, x)),
-        FORWARD: lambda layer: partial(layer, leaf),
-        STEP: lambda layer: partial(_step, layer, leaf, grad_y, [leaf, *layer.parameters()]),
+        INFERENCE: lambda layer: torch.no_grad()(partial(_forward, layer, x, around)),
+        FORWARD: lambda layer: partial(_forward, layer, leaf, around),
+        STEP: lambda layer: partial(_step, layer, leaf, around, grad_y, [leaf, *layer.parameters()]),
     }
     return {quantity: {name: make(layer) for name, layer in built.items()} for quantity, make in makers.items()}
 
 
-def _step(layer: nn.Module, x: Tensor, grad_y: Tensor, leaves: list[Tensor]) -> None:
-    layer(x).backward(grad_y)
+def _forward(layer: nn.Module, x: Tensor, around: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+    with around():
+        return layer(x)
+
+
+def _step(
+    layer: nn.Module, x: Tensor, around: Callable[[], AbstractContextManager[Any]], grad_y: Tensor, leaves: list[Tensor]
+) -> None:
+    _forward(layer, x, around).backward(grad_y)
     for leaf in leaves:
         leaf.grad = None
 
 
-def launches(way: str, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def launches(way: str, dtype: torch.dtype, kind: str = USUAL) -> dict[str, dict[str, int]]:
     """Number of kernels that a call launches, by quantity and method."""
     counted: dict[str, dict[str, int]] = {}
     with as_on(way) as started:
-        for quantity, calls in calls_of(dtype).items():
+        for quantity, calls in calls_of(dtype, kind).items():
             for name, call in calls.items():
                 call()
                 started.clear()

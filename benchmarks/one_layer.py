@@ -53,15 +53,22 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
     ]
 
 
-def layers(width: int, r: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:
+def layers(
+    width: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    lora_dropout: float = 0.0,
+    learn_threshold: bool = False,
+) -> dict[str, nn.Module]:
     """The base layer, and LoRA's and SpikeLoRA's on copies of it, with the same A and B."""
     torch.manual_seed(0)
     base = nn.Linear(width, width).to(device, dtype).requires_grad_(False)
-    options = lora_options(r) | {"target_modules": ["linear"], "task_type": None}
+    options = lora_options(r) | {"target_modules": ["linear"], "task_type": None, "lora_dropout": lora_dropout}
     adapted = {}
     for name, config in (
         (LORA, LoraConfig(**options)),
-        (OURS, SpikeLoraConfig(v_threshold=V_THRESHOLD, **options)),
+        (OURS, SpikeLoraConfig(v_threshold=V_THRESHOLD, learn_threshold=learn_threshold, **options)),
     ):
         model = get_peft_model(nn.Sequential(OrderedDict(linear=copy.deepcopy(base))), config)
         fill_adapters(model)

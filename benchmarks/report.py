@@ -184,9 +184,9 @@ def _events(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _host(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     lines = []
-    for values, group in table.groupby(["way", "dtype", "quantity"], sort=False):
+    for values, group in table.groupby(["way", "kind", "dtype", "quantity"], sort=False):
         rows = group.set_index("method")
-        line = dict(zip(("what runs", "dtype", "what"), values, strict=True))
+        line = dict(zip(("what runs", "training", "dtype", "what"), values, strict=True))
         for name in (BASE, LORA, OURS):
             line[name] = f"{rows.loc[name, 'launches']} / {rows.loc[name, 'seconds'] * 1e6:.0f}"
         lines.append(line | {"time / LoRA's": _with_quartiles(rows.loc[OURS], "to_lora")})

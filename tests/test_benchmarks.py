@@ -273,6 +273,12 @@ class TestHost:
             # The products of bfloat16 in the backward go in parts that depend on the CPU.
             assert of_ours is None or counted[quantity][models.OURS] == of_ours
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", host.KINDS)
+    def test_kernels_are_fewer_than_lora_s_in_every_kind_of_training(self, kind, dtype):
+        for counted in host.launches(host.KERNELS, dtype, kind).values():
+            assert counted[models.OURS] < counted[models.LORA]
+
     def test_kernels_are_not_started_and_come_back(self):
         kept = triton_backend._compiled, triton_backend.driver
         with host.as_on(host.KERNELS) as started:
