@@ -884,8 +884,11 @@ class TestTables:
             line = canned(run)
             line[part] |= changed
             store.put(run, line)
-        assert "difference to LoRA" in table
-        assert "difference to LoRA" not in tables.markdown(read_study(study), store)
+        mixed = tables.markdown(read_study(study), store)
+        for of_pairs in ("difference to LoRA", "A / LoRA's", "correlation over modules"):
+            assert of_pairs in table
+            assert of_pairs not in mixed
+        assert "tiny-gradients.png" not in page.plots.figures(read_study(study), store)
 
     def test_the_page_links_the_pictures_that_there_is_something_to_draw_of(self, study):
         store = Store(study.parent / "results")
