@@ -7,7 +7,7 @@ BIN := .venv/bin
 TEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 READY := .venv/.ready
 
-.PHONY: finetune sentiment test slow coverage quality types metadata format bench gpu study compatibility quantised tools \
+.PHONY: finetune sentiment test slow devices coverage quality types metadata format bench gpu study compatibility quantised tools \
 	axolotl serving versions conformance docs notebooks wheel clean
 
 finetune: $(READY)  ## fine-tune the small model shipped here; more flags through ARGS="--recipe straight_through"
@@ -27,6 +27,15 @@ test: $(READY)
 
 slow: $(READY)  ## the tests that `make test` leaves out
 	$(TEST) -m slow
+
+# The files whose tests load or train. Left out is what the stand-in cannot do: another process does not have it, and
+# torch.compile passes over code that a dispatch mode looks at.
+LOADING := adapters architectures callbacks cli convert damage devices docs finetuning generation interruption layers \
+	moving prune quickstart save_load sentiment trainers
+devices: $(READY)  ## tests with a stand-in for a GPU, for a machine without one: nothing is left on the CPU
+	$(TEST) -m 'not slow' -p tests.second_device $(LOADING:%=tests/test_%.py) \
+		--deselect tests/test_quickstart.py::test_quick_start \
+		--deselect tests/test_adapters.py::TestHotswap::test_once_compiled_a_swap_compiles_nothing
 
 # A separate target, because measuring costs a third (tests/test_ops.py on Python 3.11: 14.1 s of CPU instead of 10.3).
 # pyproject.toml says what of the processes that tests start is seen.

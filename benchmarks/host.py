@@ -34,7 +34,7 @@ _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "_local_scala
 
 
 def jobs(device: torch.device, quick: bool) -> list[Job]:
-    if device.type == "cuda":  # whole models are timed there
+    if device.type == "cuda":  # its table is of the CPU; there whole models are timed, and `make gpu` counts launches
         return []
     rounds = 3 if quick else 41
     return [

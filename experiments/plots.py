@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .paired import Difference, summary
 from .store import Store
 from .study import Cell, Study
-from .tables import Lines, beside, difference_to, figure, modules_of, of_cell, title_of
+from .tables import Lines, difference_to, figure, modules_of, of_cell, pairs_of, title_of
 from .tasks import TASKS
 
 _PANELS_IN_A_ROW = 6
@@ -132,16 +132,15 @@ def _modules(study: Study, lines: Lines) -> Figure | None:
 
 
 def _gradients(study: Study, lines: Lines) -> Figure | None:
-    """Norms of the modules' gradients under each method against those under LoRA, the first seed that both have."""
+    """Norms of the modules' gradients under each method against those under LoRA, in the first pair."""
     made = Figure(figsize=(9, 4.2), layout="constrained")
     panels = made.subplots(1, 2)
     for part, panel in zip("AB", panels, strict=True):
         for cell in [cell for cell in study.cells if not cell.is_baseline]:
-            baseline = beside(cell, study)
-            ours, theirs = of_cell(cell, lines), of_cell(baseline, lines) if baseline else {}
-            if not (seeds := sorted(ours.keys() & theirs.keys())):
+            pair = next(iter(pairs_of(cell, study, lines).values()), None)
+            if pair is None:
                 continue
-            x, y = (found[seeds[0]]["result"]["gradient_norms"][part]["by_module"] for found in (theirs, ours))
+            y, x = (line["result"]["gradient_norms"][part]["by_module"] for line in pair)
             shared = [name for name in x if x[name] > 0 and y.get(name, 0) > 0]
             panel.plot([x[n] for n in shared], [y[n] for n in shared], ".", label=cell.label)
         panel.set(title=f"gradient of {part}", xlabel="LoRA", ylabel="the other method", xscale="log", yscale="log")

@@ -145,14 +145,19 @@ def title_of(figure: str, part: str) -> str:
 
 
 def difference_to(cell: Cell, study: Study, lines: Lines, label: str | None) -> Difference | None:
-    """The difference of a cell to another at the same point of the grid, over seeds with the same circumstances."""
+    """The difference of a cell to another at the same point of the grid, over their pairs."""
+    found, name = pairs_of(cell, study, lines, label), study.compared(cell)
+    return difference(*({seed: figure(pair[n], name, study.part) for seed, pair in found.items()} for n in (0, 1)))
+
+
+def pairs_of(
+    cell: Cell, study: Study, lines: Lines, label: str | None = "lora"
+) -> dict[int, tuple[dict[str, Any], dict[str, Any]]]:
+    """A cell's line and that of another at the same point of the grid, by the seeds with the same circumstances."""
     other = beside(cell, study, label)
-    if other is None:
-        return None
-    ours, theirs = of_cell(cell, lines), of_cell(other, lines)
-    seeds = [seed for seed in ours.keys() & theirs.keys() if _circumstances(ours[seed]) == _circumstances(theirs[seed])]
-    name = study.compared(cell)
-    return difference(*({seed: figure(found[seed], name, study.part) for seed in seeds} for found in (ours, theirs)))
+    ours, theirs = of_cell(cell, lines), of_cell(other, lines) if other else {}
+    both = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+    return {seed: pair for seed, pair in both.items() if _circumstances(pair[0]) == _circumstances(pair[1])}
 
 
 def _circumstances(line: dict[str, Any]) -> list[Any]:
@@ -177,16 +182,14 @@ def _gradients(study: Study, lines: Lines) -> tuple[list[str], list[list[str]]] 
     head += ["gradient of A", "of B", "A / LoRA's", "B / LoRA's", "correlation over modules, A", "B"]
     body = []
     for cell in study.cells:
-        baseline = beside(cell, study)
-        found, base = of_cell(cell, lines), of_cell(baseline, lines) if baseline else {}
+        found, pairs = of_cell(cell, lines), pairs_of(cell, study, lines).values()
         if not found:
             continue
         row = [*(as_text(value) for _, value in cell.point), cell.label]
         row += [_with_sd(summary([_norm(line, part) for line in found.values()])) for part in "AB"]
-        seeds = sorted(found.keys() & base.keys())
         for measure in (_ratio, _correlation):
             for part in "AB":
-                values = [measure(found[s], base[s], part) for s in seeds]
+                values = [measure(ours, theirs, part) for ours, theirs in pairs]
                 row.append(_with_sd(summary(values)) if values else "")
         body.append(row)
     return head, body

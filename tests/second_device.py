@@ -1,8 +1,9 @@
 """A stand-in for a GPU: a second device, `standin:0`, whose tensors lie in host memory and do not mix with the CPU's.
 
-`python -m pytest -p tests.second_device` runs tests with it: trainers, `device_map="auto"`, pipelines and PEFT's
-loaders then put things there, as on a machine with a GPU, and code that leaves a tensor on the CPU fails as it would
-there. It does not imitate kernels, rounding, other processes or autocast, and layers take the plain path on it.
+`python -m pytest -p tests.second_device` runs tests with it, as `make devices` does: trainers, `device_map="auto"`,
+pipelines and PEFT's loaders then put things there, as on a machine with a GPU, and code that leaves a tensor on the CPU
+fails as it would there. It does not imitate kernels, rounding, other processes, autocast or torch.compile, and layers
+take the plain path on it.
 """
 
 import pytest
@@ -14,7 +15,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 
 class Backend(_DummyBackendModule):
-    """What torch asks of `torch.standin`."""
+    """What torch asks of `torch.standin`, and transformers of any device's module."""
+
+    __name__ = "torch.standin"
 
     def get_amp_supported_dtype(self):
         return []
@@ -44,6 +47,9 @@ class SecondTensor(Tensor):
 
     def __repr__(self):
         return f"standin({self.raw})"
+
+    def __format__(self, specification):
+        return format(self.raw, specification)
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:

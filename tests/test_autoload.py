@@ -214,7 +214,7 @@ gates = [module for name, module in model.named_modules() if name.endswith("lora
 print(type(model).__name__, len(gates), *{(gate.v_threshold.dtype, gate.v_threshold.item()) for gate in gates})
 
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
-model = pipeline("text-generation", model=sys.argv[1], tokenizer=tokenizer).model
+model = pipeline("text-generation", model=sys.argv[1], tokenizer=tokenizer, device="cpu").model
 torch.save(model(input_ids=torch.arange(10).unsqueeze(0)).logits, sys.argv[2])
 """
     file = on.packages / "logits.pt"

@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import tiny_opt
 from experiments import page, paired, runner, tables, tasks
 from experiments.__main__ import main
@@ -66,6 +67,15 @@ def study(tmp_path):
     path = tmp_path / "tiny.toml"
     path.write_text(STUDY)
     return path
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Where a result is always the same, and where the processes of `in_processes` are; on a GPU trainings differ."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what another test began may be on the GPU
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def results_in(folder: Path) -> dict[str, dict]:
@@ -522,7 +532,7 @@ class TestRunning:
     @pytest.mark.parametrize(
         ("method", "own"), [("spikelora", {"v_threshold": 0.1, "tau": 2.0}), ("dropout", {"rate": 0.5})]
     )
-    def test_the_same_configuration_gives_the_same_result(self, method, own):
+    def test_the_same_configuration_gives_the_same_result(self, method, own, on_the_cpu):
         run = replace(RUN, method=method, **own)
         first, second = train(run), train(run)
         assert first["result"] == second["result"]
@@ -700,7 +710,7 @@ def run_together(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_processes_of_a_launch_train_one_run_together_and_record_it_once(study):
+def test_processes_of_a_launch_train_one_run_together_and_record_it_once(study, on_the_cpu):
     study.write_text(STUDY.replace("[0, 1]", "[0]").replace("[0.1, 2.0]", "0.1").replace("rows = 8", "rows = 16"))
     assert in_processes(run_together, study.parent, 2) == [[0, 0]]
     lines = results_in(study.parent / "results").values()
@@ -874,8 +884,11 @@ class TestTables:
             line = canned(run)
             line[part] |= changed
             store.put(run, line)
-        assert "difference to LoRA" in table
-        assert "difference to LoRA" not in tables.markdown(read_study(study), store)
+        mixed = tables.markdown(read_study(study), store)
+        for of_pairs in ("difference to LoRA", "A / LoRA's", "correlation over modules"):
+            assert of_pairs in table
+            assert of_pairs not in mixed
+        assert "tiny-gradients.png" not in page.plots.figures(read_study(study), store)
 
     def test_the_page_links_the_pictures_that_there_is_something_to_draw_of(self, study):
         store = Store(study.parent / "results")

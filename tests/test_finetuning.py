@@ -28,6 +28,7 @@ sys.path.append(str(FOLDER))  # as where a script is run
 # Enough to see the loss fall, and no more. The text is that of Python's own manual, so it differs between its versions.
 SMALL = ["--max_steps=32", "--batch_size=4", "--cutoff_len=64", "--val_set_size=4", "--save_step=8", "--eval_step=32"]
 SMALL += ["--compare_lora=false"]  # where it is not asked for
+SMALL += ["--device_map=cpu"]  # where a test without `device` trains
 
 # Runs the script and ends it, in whatever thread, where it opens a socket.
 WITHOUT_SOCKETS = """
@@ -39,14 +40,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+# Offline mode off: what a user has, and what lets a query of the hub get as far as its socket. And no GPU, as a run
+# here on the CPU goes on with what one in a process has begun.
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "0", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def command(*flags: str) -> list[str]:
     return [sys.executable, "-c", WITHOUT_SOCKETS, str(SCRIPT), *flags]
 
 
-def run(*flags: str, **options) -> subprocess.CompletedProcess:
-    # Offline mode off: what a user has, and what lets a query of the hub get as far as its socket.
-    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
-    return subprocess.run(command(*flags), capture_output=True, text=True, env=environment, **options)
+def run(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*flags), capture_output=True, text=True, env=ENVIRONMENT)
 
 
 def run_here(script: dict, monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
@@ -154,7 +158,8 @@ def test_the_figures_are_those_of_the_saved_adapter(script, finished):
 
 def test_a_killed_run_goes_on_to_the_same_end(script, finished, monkeypatch, tmp_path):
     flags = [*SMALL, f"--output_dir={tmp_path}", "--learn_threshold", "--learn_tau"]
-    with subprocess.Popen(command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command(*flags), env=ENVIRONMENT, **silent) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "checkpoint-8" / "trainer_state.json").exists():
             assert process.poll() is None
@@ -247,11 +252,12 @@ def test_every_kind_of_file_is_read(script, suffix, tmp_path):
     assert script["load_rows"](script["parse_options"]([f"--data_path={path}"]))["text"][:] == rows["text"][:]
 
 
-def test_an_instruction_run(script, monkeypatch, capsys, tmp_path):
+def test_an_instruction_run(script, monkeypatch, capsys, tmp_path, device):
     rows = [{"instruction": f"Add {n} and 1.", "input": "", "output": str(n + 1)} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = [f"--data_path={tmp_path / 'rows.jsonl'}", "--val_set_size=8"]
-    run_here(script, monkeypatch, *SMALL, *data, f"--output_dir={tmp_path / 'out'}")
+    # Where a user's run is: on the GPU, if there is one.
+    run_here(script, monkeypatch, *SMALL, "--device_map=auto", *data, f"--output_dir={tmp_path / 'out'}")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["spikelora"]["loss"] < metrics["before"]["loss"] - 1
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "model")
