@@ -78,7 +78,7 @@ bench: $(READY)  ## what it costs, against PEFT's LoRA; writes benchmarks/result
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # For a machine with a GPU and a Python that has torch, triton, transformers and PEFT, or finds them in the folder DEPS.
-gpu:  ## all checks that need a GPU, in 8 minutes: values, then times; ARGS=--dry runs every line on a CPU
+gpu:  ## all checks that need a GPU, in 8 minutes: values, then times; ARGS=--dry runs it on a CPU
 	PYTHONPATH=src:$(DEPS) $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 study: $(READY)  ## LoRA against SpikeLoRA, reduced to a few minutes; the real studies: experiments/README.md

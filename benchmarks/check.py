@@ -73,7 +73,7 @@ def compare(what: str, results: dict[str, Tensor], references: dict[str, Tensor]
     if results.keys() != references.keys():
         raise CheckError(f"{what} differ in what they compute: {sorted(results.keys() ^ references.keys())}")
     errors = {name: relative_error(results[name], references[name]) for name in references}
-    worst, median = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name])), median_of(errors.values())
+    worst, median = worst_of(errors), median_of(errors.values())
     if not (errors[worst] <= TOLERANCE[dtype].worst and median <= TOLERANCE[dtype].median):
         raise CheckError(
             f"{what} differ by {errors[worst]:.3g} of the norm in the {worst}, by {median:.3g} in the median of "
@@ -82,20 +82,30 @@ def compare(what: str, results: dict[str, Tensor], references: dict[str, Tensor]
     return errors[worst]
 
 
+def worst_of(errors: dict[str, float]) -> str:
+    """The name of the largest error. NaN is larger than any; `max` alone may miss it."""
+    return max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+
+
 def relative_error(result: Tensor, reference: Tensor) -> float:
     """`|result - reference| / |reference|`, norms over all elements; infinite if only the reference is 0."""
     difference = (result.double() - reference.double()).norm()
     return 0.0 if difference == 0 else (difference / reference.double().norm()).item()
 
 
-def _results(method: Method, tokens: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+def training_results(method: Method, tokens: Tensor) -> dict[str, Tensor]:
+    """Loss and gradients, cloned: a compiled graph writes the next step's into the same memory."""
     loss = method.loss(tokens)
     loss.backward()
-    gradients = {f"gradient of {name}": p.grad for name, p in method.trained().items()}
+    gradients = {f"gradient of {name}": p.grad.clone() for name, p in method.trained().items()}
     for p in method.trained().values():
         p.grad = None
-    results = {"loss": loss.detach(), "logits": method.infer(tokens), "decoded logits": method.decoder(prompt)()}
-    return results | gradients
+    return {"loss": loss.detach().clone()} | gradients
+
+
+def _results(method: Method, tokens: Tensor, prompt: Tensor) -> dict[str, Tensor]:
+    results = training_results(method, tokens)
+    return results | {"logits": method.infer(tokens), "decoded logits": method.decoder(prompt)()}
 
 
 def _layer_results(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -6,17 +6,22 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from benchmarks import check, events, goals, gpu, host, measure, models, sparsity, whole_model
+from benchmarks import check, events, goals, host, measure, models, sparsity, whole_model
 from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import times, values
+from benchmarks.gpu.run import Run
 from benchmarks.report import show
 from rich.console import Console
 
-from spikelora.method.ops import torch_backend, triton_backend
+from spikelora.method.ops import linear, torch_backend, triton_backend
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -33,7 +38,7 @@ COLUMNS = {
     "import_time": {"what", "rounds", "milliseconds", "milliseconds_q25", "milliseconds_q75"},
 }
 GPU_TABLES = {
-    "checks": {"what", "error", "limit"},
+    "checks": {"what", "worst", "error", "limit"},
     "times": {"style", "hidden", "quantity", "to_lora", "q25", "q75", "overhead", "goal", "met"},
     "launches": {"method", "launches", "host_ms"},
     "training": {"method", "steps", "before", "after", "seconds"},
@@ -313,7 +318,9 @@ class TestGpu:
             assert columns | {"device", "python", "versions", "date"} <= set(table.columns)
         training = pd.read_csv(tmp_path / "gpu_training.csv")
         assert (training["after"] < training["before"]).all()
-        assert pd.read_csv(tmp_path / "gpu_times.csv")["met"].isna().all()
+        measured = pd.read_csv(tmp_path / "gpu_times.csv")
+        assert set(measured["quantity"]) == set(times.GOALS)
+        assert measured["met"].isna().all()
         assert not {"met", "missed"} & set(result.stdout.split())  # nothing is judged
 
     def test_a_wrong_value_ends_it(self, monkeypatch, tmp_path, capsys):
@@ -321,8 +328,64 @@ class TestGpu:
         monkeypatch.setattr(torch_backend, "add_up_", lambda *args: add_up_(*args[:-1], 1.01 * args[-1]))
         assert gpu.main(["--dry", "--output", str(tmp_path)]) == 1
         output = capsys.readouterr()
-        assert "A result is wrong: float32 base, float32 adapter, r 8: relative error" in output.err
+        assert "A result is wrong: float32 base, float32 adapter, r 8, learned numbers: relative error" in output.err
         assert "OPT" not in output.out  # nothing was timed
+        assert list(tmp_path.iterdir()) == []
+
+    def test_plain_torch_in_place_of_kernels_ends_it(self, monkeypatch, tmp_path, capsys):
+        run = Run(dry=True)
+        run.backend = "triton_backend"  # which layers have to take on a GPU
+        monkeypatch.setattr(gpu, "Run", lambda dry: run)
+        assert gpu.main(["--dry", "--output", str(tmp_path)]) == 1
+        assert "takes spikelora.method.ops.torch_backend instead of triton_backend" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+    def test_kernels_that_are_not_kept_end_it(self, monkeypatch):
+        """A backend of that name which keeps none, as if each launch were Triton's own."""
+        run = Run(dry=True)
+        run.backend = "triton_backend"
+        names = ("add_adapter_", "adapter_backward")
+        unkept = SimpleNamespace(__name__="a.triton_backend", **{name: getattr(torch_backend, name) for name in names})
+        monkeypatch.setattr(linear, "_backend", lambda y, A: unkept)
+        with pytest.raises(check.CheckError, match="fixed numbers: its kernels were not kept"):
+            values.kernels(run)
+
+    def test_times_that_are_not_reached_are_left_out(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(gpu, "VALUES", ())
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert gpu.main(["--dry", "--seconds", "0.1"]) == 0
+        (said,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+        for task in ("host", "eager, OPT 64", *(f"compiled_training, OPT 64, {mode}" for mode in gpu.MODES)):
+            assert task in said
+        folder = tmp_path / "a_cpu_dry"
+        assert {path.name for path in folder.iterdir()} == {f"gpu_{name}.csv" for name in GPU_TABLES}
+        assert pd.read_csv(folder / "gpu_times.csv").empty
+
+    def test_values_that_are_not_reached_are_no_success(self, tmp_path, capsys):
+        assert gpu.main(["--dry", "--seconds", "0.01", "--output", str(tmp_path)]) == 1
+        output = capsys.readouterr()
+        assert "left out: kernels" in output.out
+        assert "Not all values were compared" in output.err
+
+    @pytest.mark.parametrize(
+        ("quantity", "ratio", "overhead", "verdict"),
+        [
+            (times.TRAINING, 0.9, 0.5, "goal 0.90 (0.50): met"),
+            (times.TRAINING, 0.91, 0.5, "goal 0.90 (0.50): missed"),
+            (times.TRAINING, 0.9, 0.51, "goal 0.90 (0.50): missed"),
+            (times.INFERENCE, 0.95, 0.9, "goal 0.95: met"),
+            (times.DECODE, float("nan"), 0.9, "goal 1.00: missed"),
+            (times.COMPILED["reduce-overhead"], 1.01, 0.9, "goal 1.00: missed"),
+            (times.MEMORY, 0.8, None, "goal 0.80: met"),
+        ],
+    )
+    def test_goals(self, quantity, ratio, overhead, verdict, capsys):
+        run = Run(dry=True)
+        run.dry = False
+        spread = {} if overhead is None else {"q25": ratio, "q75": ratio}
+        times.judge(run, times.Size("OPT", 1024), quantity, ratio, overhead, **spread)
+        assert capsys.readouterr().out.endswith(f", {verdict}\n")
+        assert run.tables["times"][0]["met"] is verdict.endswith(": met")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_without_a_gpu_it_says_so(self, capsys):
@@ -335,6 +398,6 @@ class TestGpu:
             monkeypatch.delitem(sys.modules, name)
         for name in ("pandas", "rich", "matplotlib", "spikingjelly", "datasets", "trl"):
             monkeypatch.setitem(sys.modules, name, None)
-        assert importlib.import_module("benchmarks.gpu") is not gpu
+        assert importlib.import_module("benchmarks.gpu.__main__") is not gpu
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("benchmarks.__main__")

@@ -1,0 +1,1 @@
+"""All checks and measurements that need a GPU, in one command: `make gpu`."""
