@@ -510,7 +510,7 @@ def compile_once_and_start_again(launches, monkeypatch):
 
     # A pointer into the memory of another device would end the process.
     n_started = len(started)
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor is A))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: int(tensor is B))
     with pytest.raises(SpikeLoraError, match="Put the whole model on one device"):
         step()
     assert len(started) == n_started

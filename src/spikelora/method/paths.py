@@ -101,7 +101,7 @@ def keep(layer: Any, adapter_name: str, x: Tensor, adapter: Adapter) -> None:
         parts = (modules[name]._modules[adapter_name] for name in _PARTS)
         dtypes = (x.dtype, base.weight.dtype, adapter.A.dtype, adapter.A.dtype, torch.float32, torch.float32)
         device, n_hooks = x.device.type, RemovableHandle.next_id
-        autocast = _autocast_dtype(device)
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         layer.__dict__["_kept"] = Kept(adapter, [adapter_name], (base, *parts), dtypes, autocast, device, n_hooks)
 
 
@@ -143,7 +143,7 @@ def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor)
         and type(base) is type(lora_A) is type(lora_B) is nn.Linear
         and type(dropout) in _DROPOUTS
         and type(gate) is SpikeGate
-        and _autocast_dtype(device) is autocast
+        and (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None) is autocast
         and not is_transformed()
         and _forced is None
     ):
@@ -170,10 +170,6 @@ def _holds(choice: Kept, own: dict[str, Any], weight: Any, bias: Any, x: Tensor)
         and not ("forward" in base.__dict__ or "forward" in lora_A.__dict__ or "forward" in lora_B.__dict__)
         and not ("forward" in of_gate or "forward" in dropout.__dict__)
     )
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def returns_private(base: Any) -> bool:

@@ -39,18 +39,17 @@ def spike_linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapte
     """
     if is_autocast(x):
         x, adapter = _as_autocast(x, adapter)
+    A, B, v_threshold, tau, _, _, scaling, dropout, observers = adapter
     if torch.is_grad_enabled():
         # With one token of width 64 UsualLinear takes 1.2 to 1.3 times LoRA's time, _SpikeLinear 1.5 (float32, r = 8,
         # AMD EPYC). Of the host's part with Triton's kernels they take 0.97 and 1.03.
-        if _is_usual(adapter):
-            number, backend = firing_of_few(x, adapter), _backend(x, adapter.A)
-            y: Tensor = UsualLinear.apply(x, weight, bias, adapter.A, adapter.B, adapter, number, backend)
+        if not (dropout or v_threshold.requires_grad or tau.requires_grad or torch.compiler.is_compiling()):
+            y: Tensor = UsualLinear.apply(x, weight, bias, A, B, adapter, firing_of_few(x, adapter), _backend(x, A))
             return y
         y = _SpikeLinear.apply(x, weight, bias, *adapter)
         return y
     y = product(x, weight, bias).contiguous()
     tokens, out = tokens_of(x), y.view(-1, y.shape[-1])
-    A, B, v_threshold, tau, _, _, scaling, dropout, observers = adapter
     if dropout or observers:
         _add_adapter_(out, tokens, adapter, need_a=False)
     else:
@@ -213,12 +212,6 @@ def _backend(y: Tensor, A: Tensor) -> ModuleType:
         return torch_backend
     kernels = _triton_backend()
     return kernels if kernels is not None and kernels.works(y.device, y.dtype, A.dtype, A.shape[0]) else torch_backend
-
-
-def _is_usual(adapter: Adapter) -> bool:
-    """Whether `UsualLinear` applies."""
-    _, _, v_threshold, tau, _, _, _, dropout, _ = adapter
-    return not (torch.compiler.is_compiling() or dropout or v_threshold.requires_grad or tau.requires_grad)
 
 
 @functools.cache

@@ -18,9 +18,12 @@ def is_composed(grad_y: Tensor) -> bool:
     It is if it is differentiated itself, as under `create_graph=True`, or if `is_grads_batched` or `torch.vmap` run it
     for many gradients at once, for which operations in place have no rule.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch.is_grad_enabled() or is_legacy_batchedtensor(grad_y) or is_batchedtensor(grad_y)
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_batched(grad_y))
+
+
+def is_batched(grad_y: Tensor) -> bool:
+    """Whether it stands for many gradients."""
+    return is_legacy_batchedtensor(grad_y) or is_batchedtensor(grad_y)
 
 
 def composed_backward(

@@ -245,6 +245,10 @@ def add_adapter_(
     `A (r, in)` and `B (out, r)` have one dtype, which is that of `a (N, r)`; `gated` is `a` where
     `a / tau >= v_threshold`, compared in float32, and 0 elsewhere.
     """
+    if not y.get_device() == A.get_device() == B.get_device() == v_threshold.get_device() == tau.get_device():
+        # A kernel that reads the memory of another device ends the process.
+        devices = " and ".join(sorted({str(t.device) for t in (y, A, B, v_threshold, tau)}))
+        raise SpikeLoraError(f"A layer and its adapter are on {devices}. Put the whole model on one device.")
     with _on_device_of(y):
         a = A.new_empty((x.shape[0], A.shape[0])) if need_a else None
         partials = _partial_sums(x, A, A.shape[0], A.stride())
@@ -367,7 +371,7 @@ def _start(
         kernel[grid](*tensors, *sizes, *numbers, *constants)
         return
     pointers: list[int | None] = []
-    bits, device = 0, None
+    bits, device = 0, -1
     for tensor in tensors:
         if tensor is None:
             pointers.append(None)
@@ -375,13 +379,8 @@ def _start(
             pointer = tensor.data_ptr()
             pointers.append(pointer)
             bits |= pointer
-            if device is None:
+            if device < 0:
                 device = tensor.get_device()
-            elif device != tensor.get_device():  # a kernel that reads it would end the process
-                raise SpikeLoraError(
-                    f"A layer's input and adapter are on the CUDA devices {device} and {tensor.get_device()}, where -1 "
-                    "is the CPU. Put the whole model on one device."
-                )
     key = (kernel.fn, device, sizes, constants, kinds)
     found = None if bits % 16 else _compiled.get(key)
     if found is None:

@@ -15,7 +15,7 @@ from spikelora.method.composed import as_saved
 from spikelora.method.ops.adapter import Adapter, as_new, tokens_of, without_autocast
 from spikelora.method.ops.firing import Firing, firing, gate_backward, has_closed_form
 from spikelora.method.ops.frozen import product, product_backward
-from spikelora.method.ops.second_backward import composed_backward, is_composed, stand_in
+from spikelora.method.ops.second_backward import composed_backward, is_batched, stand_in
 from spikelora.method.ops.torch_backend import scaled_product
 
 _MAX_TOKENS = 128
@@ -50,7 +50,8 @@ class UsualLinear(torch.autograd.Function):
     ) -> Tensor:
         _, _, v_threshold, tau, _, _, scaling, _, observers = adapter
         tokens = x if x.dim() == 2 else tokens_of(x)
-        y = product(tokens, weight, bias)
+        # Two calls that the usual case does not need are written out here and in the backward.
+        y = F.linear(tokens, weight, bias) if weight.dtype is x.dtype else product(tokens, weight, bias)
         if number is None:
             a, gated = backend.add_adapter_(y, tokens, A, B, v_threshold, tau, 1.0, scaling, True), None
         else:
@@ -70,7 +71,7 @@ class UsualLinear(torch.autograd.Function):
         _, _, v_threshold, tau, surrogate_alpha, straight_through, scaling, _, _ = ctx.adapter
         tokens = grad_y if grad_y.dim() == 2 else tokens_of(grad_y)
         grad_bias, needs = tokens.sum(0) if need_bias else None, (need_A, need_B, False, False)
-        if is_composed(grad_y):
+        if torch.is_grad_enabled() or is_batched(grad_y):
             saved = x, a, None, A, B, as_saved(v_threshold), as_saved(tau)
             grad_x, grad_A, grad_B, _, _ = composed_backward(grad_y, need_x, needs, saved, ctx.adapter[4:], weight)
             return grad_x, None, grad_bias, grad_A, grad_B, None, None, None
