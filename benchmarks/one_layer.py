@@ -17,7 +17,7 @@ from .check import check_layer
 from .job import Job, Row
 from .measure import interleaved, repeats_for
 from .models import BASE, LORA, OURS, V_THRESHOLD, fill_adapters, lora_options
-from .whole_model import INFERENCE, TRAINING, time_rows
+from .whole_model import FEW, INFERENCE, TRAINING, time_rows
 
 PLAIN = "plain path"
 
@@ -47,9 +47,11 @@ def jobs(device: torch.device, quick: bool) -> list[Job]:
         ]
         on_gpu = device.type == "cuda"
         sizes, rounds, dtype = list(dict.fromkeys(varied)), 21, torch.bfloat16 if on_gpu else torch.float32
+    # With few tokens a ratio of one round moves by a tenth.
+    n_rounds = [rounds if quick or size.tokens > FEW else 10 * rounds for size in sizes]
     return [
-        Job(f"one layer, {s.tokens} tokens, width {s.width}, r {s.r}", partial(_run, s, rounds, dtype, device))
-        for s in sizes
+        Job(f"one layer, {s.tokens} tokens, width {s.width}, r {s.r}", partial(_run, s, n, dtype, device))
+        for s, n in zip(sizes, n_rounds, strict=True)
     ]
 
 
