@@ -119,6 +119,11 @@ def test_what_a_second_backward_goes_through_is_the_first(path, dtype):
     for once, again in zip(*results, strict=True):
         torch.testing.assert_close(again, once, **tolerance)
     assert all(g.requires_grad for g in results[1])
+    # The gradient of the input alone depends on A as well, as in a gradient penalty.
+    (alone,) = torch.autograd.grad(y, [x], create_graph=True)
+    penalties = [torch.autograd.grad(g.square().sum(), leaves, retain_graph=True) for g in (results[1][0], alone)]
+    torch.testing.assert_close(*penalties, **tolerance)
+    assert all(g.abs().max() > 0 for g in penalties[1][1:])
 
 
 @pytest.mark.parametrize("path", Path)
